@@ -1,0 +1,211 @@
+"""The weighted sum against exact fractions, and the invariants that follow from its definition."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import reference
+import strategies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wavg import kernel
+from wavg.dtypes import lookup
+from wavg.errors import NonFiniteError, WavgError, WeightError
+from wavg.kernel import Combination, combine
+
+
+def mean(weights, block, dtype=None, **options):
+    out = np.empty((1, block.shape[1]), lookup(dtype or block.dtype.name).numpy)
+    combine(Combination.of(weights), block, out, **options)
+    return out[0]
+
+
+def assert_exact(weights, block, dtype=None):
+    ours = mean(weights, block, dtype, allow_nonfinite=True)
+    with np.errstate(over="ignore"):
+        right = reference.average(weights, block, dtype)
+    differing = [
+        (block[:, i].tolist(), ours[i], right[i])
+        for i in range(len(ours))
+        if ours[i : i + 1].tobytes() != right[i : i + 1].tobytes()
+    ]
+    assert not differing
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), inputs=st.integers(1, 12))
+def test_every_element_is_the_correctly_rounded_mean(dtype, data, inputs):
+    spread = data.draw(st.sampled_from([None, 2, 12, 40, 100 if dtype != "float16" else 20]))
+    block = data.draw(strategies.bit_patterns(dtype, inputs * 64, spread)).reshape(inputs, 64)
+    assert_exact(data.draw(strategies.weights(inputs)), block)
+
+
+@pytest.mark.parametrize("target", strategies.FLOATS)
+@pytest.mark.parametrize("source", strategies.FLOATS)
+def test_rounds_once_into_another_dtype(source, target):
+    rng = np.random.default_rng(5)
+    block = rng.standard_normal((7, 500)).astype(lookup(source).numpy)
+    assert_exact([1, 2, 3, 4, 5, 6, 7], block, target)
+    assert_exact(np.exp(np.arange(7) / 2.0), block, target)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@pytest.mark.parametrize("inputs", [2, 4, 10])
+def test_exact_ties_go_to_even(dtype, inputs):
+    entry = lookup(dtype)
+    step = 2.0 ** (1 - entry.precision)
+    base = 1 + step * np.arange(64)
+    block = np.tile(base, (inputs, 1))
+    block[: inputs // 2] += step  # half of the inputs one unit higher: the mean is a midpoint
+    block = block.astype(entry.numpy)
+    assert_exact([1.0] * inputs, block)
+
+
+def test_wide_exponent_spans_where_a_float64_sum_goes_wrong():
+    rng = np.random.default_rng(1)
+    values = np.ldexp(rng.integers(128, 256, (10, 4000)).astype(float), rng.integers(-120, 100, (10, 4000)))
+    block = (values * rng.choice([-1, 1], values.shape)).astype(lookup("bfloat16").numpy)
+    assert_exact(np.arange(1, 11), block)
+    # Two large terms cancel and leave what a float64 sum has already lost.
+    cancel = np.array([[2.0**100], [1.0], [-(2.0**100)]]).astype(lookup("bfloat16").numpy)
+    assert mean([1, 1, 1], cancel)[0] == kernel.round_to(np.array([1 / 3]), lookup("bfloat16"))[0]
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), inputs=st.integers(1, 9))
+def test_identical_models_come_back_byte_for_byte(dtype, data, inputs):
+    row = data.draw(strategies.bit_patterns(dtype, 200))
+    block = np.tile(row, (inputs, 1))
+    ours = mean(data.draw(strategies.weights(inputs, negative=False)), block)
+    assert ours.tobytes() == row.tobytes()
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), dtype=st.sampled_from(strategies.FLOATS))
+def test_order_of_inputs_does_not_matter(data, dtype):
+    block = data.draw(strategies.bit_patterns(dtype, 6 * 50, 30)).reshape(6, 50)
+    weights = np.array(data.draw(strategies.weights(6)))
+    order = data.draw(st.permutations(range(6)))
+    assert mean(weights, block).tobytes() == mean(weights[order], block[order]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+def test_bytes_do_not_depend_on_where_a_block_is_cut(dtype, monkeypatch):
+    rng = np.random.default_rng(3)
+    block = rng.standard_normal((5, 5000)).astype(lookup(dtype).numpy)
+    weights = np.exp(np.arange(5) / 2)
+    whole = mean(weights, block)
+    for cut in (1, 7, 333):
+        parts = [mean(weights, block[:, i : i + cut]) for i in range(0, 5000, cut)]
+        assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_a_scaled_list_of_weights_gives_the_same_bytes():
+    block = np.random.default_rng(0).standard_normal((3, 999)).astype(np.float32)
+    assert mean([1, 2, 3], block).tobytes() == mean([-4, -8, -12], block).tobytes()
+
+
+def test_many_rows_of_weights_equal_one_at_a_time():
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((6, 3000)).astype(np.float32)
+    weights = np.stack([np.ones(6), np.arange(1.0, 7), np.exp(np.arange(6) / 2), np.eye(6)[5]])
+    outs = np.empty((4, 3000), np.float32)
+    combine(Combination.of(weights), block, outs)
+    for row, out in zip(weights, outs, strict=True):
+        assert out.tobytes() == mean(row, block).tobytes()
+
+
+def test_zero_weight_rows_do_not_decide_the_sign_of_zero():
+    block = np.array([[0.0], [-0.0], [-0.0]], np.float32)
+    assert np.signbit(mean([0, 1, 1], block)[0])
+    assert not np.signbit(mean([1, 1, 1], block)[0])
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+def test_nonfinite_inputs_are_named(dtype):
+    block = np.ones((3, 40000), lookup(dtype).numpy)
+    block[1, 39999] = np.nan
+    with pytest.raises(NonFiniteError, match="input 1 holds nan at index 39999") as caught:
+        mean([1, 1, 1], block)
+    assert (caught.value.input, caught.value.index) == (1, 39999)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+def test_nonfinite_values_pass_by_ieee_rules_when_allowed(dtype):
+    inf, nan = np.inf, np.nan
+    block = np.array([[inf, inf, nan, 1, inf], [1, -inf, 1, 2, 5]]).astype(lookup(dtype).numpy)
+    ours = mean([1, 1], block, allow_nonfinite=True).astype(float)
+    np.testing.assert_array_equal(ours, [inf, nan, nan, 1.5, inf])
+    unused = mean([0, 1], block, allow_nonfinite=True).astype(float)
+    np.testing.assert_array_equal(unused, [1, -inf, 1, 2, 5])
+
+
+def test_a_result_outside_the_output_range_is_an_error():
+    block = np.array([[60000.0], [-60000.0]], np.float16)
+    with pytest.raises(NonFiniteError, match="does not fit float16"):
+        mean([3, -2], block)
+    with pytest.raises(NonFiniteError, match="does not fit float16"):
+        mean([1], np.array([[1e6]], np.float32), "float16")
+
+
+@pytest.mark.parametrize("weights", [[], [[]], [np.nan], [np.inf, 1], [1, -1], [0, 0], [0.1, 0.2, -0.1, -0.2]])
+def test_weights_without_an_average_are_refused(weights):
+    with pytest.raises(WeightError):
+        Combination.of(weights)
+
+
+def test_integers_are_refused():
+    with pytest.raises(WavgError, match="int32 cannot be averaged"):
+        mean([1], np.ones((1, 3), np.int32), "float32")
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_round_to_is_correct_at_and_around_every_tie(name):
+    entry = lookup(name)
+    bits = np.arange(2**16, dtype=np.uint16) if entry.bits == 16 else (
+        np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32)
+    )
+    with np.errstate(invalid="ignore"):
+        values = bits.view(entry.numpy).astype(np.float64)
+    values = np.unique(values[np.isfinite(values)])
+    middles = (values[1:] + values[:-1]) / 2
+    for points in (values, middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)):
+        points = points[::17]
+        ours = kernel.round_to(points, entry)
+        right = [reference.round_fraction(Fraction(p), entry) for p in points.tolist()]
+        np.testing.assert_array_equal(ours.astype(float), right)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float8_averages_are_the_nearest_values(name):
+    entry = lookup(name)
+    grid = np.arange(256, dtype=np.uint8).view(entry.numpy).astype(np.float64)
+    grid = np.unique(grid[np.isfinite(grid)])
+    rng = np.random.default_rng(0)
+    block = rng.choice(grid, (3, 2000)).astype(entry.numpy)
+    ours = mean([1, 2, 4], block).astype(float)
+    exact = (np.array([1.0, 2, 4]) @ block.astype(float)) / 7
+    distance = np.abs(grid[None, :] - exact[:, None]).min(axis=1)
+    np.testing.assert_array_equal(np.abs(ours - exact), distance)
+
+
+def test_the_oracle_itself_sees_a_planted_error():
+    block = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
+    right = reference.average([1, 2, 3], block)
+    planted = right.copy()
+    planted[7] = np.nextafter(planted[7], np.float32(np.inf))
+    assert not reference.same_bytes(planted, right)
+    assert reference.round_fraction(Fraction(1) + Fraction(1, 2**24), lookup("float32")) == 1.0
+    assert reference.round_fraction(Fraction(1) + Fraction(3, 2**24), lookup("float32")) == 1 + 2**-22
+
+
+def test_accumulate_keeps_a_running_sum():
+    total = np.zeros(4)
+    for i in range(5):
+        kernel.accumulate(total, np.full(4, i, np.float32), keep=0.5, add=2.0)
+    np.testing.assert_allclose(total, sum(2.0 * i * 0.5 ** (4 - i) for i in range(5)))
