@@ -1,0 +1,56 @@
+"""Average the checkpoints of a training run, for any framework.
+
+>>> import wavg
+>>> wavg.average([[1.0, 2.0], [3.0, 4.0]])
+[array(2.), array(3.)]
+"""
+
+from wavg.average import average
+from wavg.checkpoint import Checkpoint
+from wavg.errors import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    MemoryBudgetError,
+    MissingDependencyError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+    StructureMismatchError,
+    WavgError,
+    WeightError,
+)
+from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_average, save
+from wavg.plan import Plan
+from wavg.streaming import StreamingAverager
+from wavg.weights import Schedule, equal, explicit, exponential, figures, linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointChangedError",
+    "CheckpointFormatError",
+    "MemoryBudgetError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "OutputError",
+    "OutputExistsError",
+    "Plan",
+    "Report",
+    "Schedule",
+    "StreamingAverager",
+    "StructureMismatchError",
+    "WavgError",
+    "WeightError",
+    "average",
+    "average_checkpoints",
+    "equal",
+    "explicit",
+    "exponential",
+    "figures",
+    "linear",
+    "load",
+    "open_checkpoint",
+    "plan_average",
+    "save",
+]

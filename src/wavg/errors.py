@@ -54,7 +54,8 @@ class WavgError(Exception):
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
-        self.__dict__.update(details)
+        for name, value in details.items():
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("path", "tensor", "index", "differences"):

@@ -164,7 +164,7 @@ def combine(
     ------
     NonFiniteError
         A value of the block is NaN or infinite, or a result does not fit the output dtype.
-        Attributes: ``input`` (the row, None for a result) and ``index`` (the column).
+        Attributes: ``input`` (the row, None for a result), ``index`` (the column), ``value``.
 
     Notes
     -----
@@ -200,6 +200,7 @@ def combine(
                     f"input {row} holds {tile[row, column]} at index {start + column}",
                     input=row,
                     index=start + column,
+                    value=float(tile[row, column]),
                 )
             if overflows and not allow_nonfinite and not np.isfinite(out).all():
                 column = start + first_nonfinite(out)[1]

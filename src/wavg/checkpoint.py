@@ -1,0 +1,349 @@
+"""What a checkpoint is: an index of named tensors that says where their bytes lie.
+
+It owns the index (plain, picklable data), positional reading, and what a reader or a writer of a
+format has to provide. It knows no format.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from wavg.dtypes import DType, lookup
+from wavg.errors import CheckpointChangedError, CheckpointFormatError
+
+__all__ = [
+    "BlockReader",
+    "Checkpoint",
+    "Extent",
+    "FileIdentity",
+    "Index",
+    "LazyTensor",
+    "Sink",
+    "Template",
+    "TensorSpec",
+    "complement",
+    "identify",
+    "read_exactly",
+]
+
+Array = npt.NDArray[Any]
+
+
+class Extent(NamedTuple):
+    """A run of bytes: which of the checkpoint's files, where, how long."""
+
+    file: int
+    offset: int
+    length: int
+
+
+class TensorSpec(NamedTuple):
+    """A tensor's name, dtype, shape, and where its bytes lie.
+
+    ``extent`` is None where the bytes are not stored as they are (a compressed dataset); then the
+    format reads them. ``fortran`` says that they are stored last index slowest.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: Extent | None = None
+    fortran: bool = False
+
+    @property
+    def entry(self) -> DType:
+        """The dtype's row of the table."""
+        return lookup(self.dtype)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return (self.size * self.entry.bits + 7) // 8
+
+    def array(self, flat: Array) -> Array:
+        """Give a flat array, in storage order, the tensor's shape."""
+        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+
+    def describe(self) -> str:
+        """Return dtype and shape in short, ``float32[2, 25]``."""
+        return f"{self.dtype}{list(self.shape)}" + (" in Fortran order" if self.fortran else "")
+
+
+class FileIdentity(NamedTuple):
+    """What a file was when it was indexed; if any of it changes, the index is worthless."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Everything there is to know of a checkpoint without reading its tensors.
+
+    Attributes
+    ----------
+    format
+        The format's name in the table of `wavg.formats`.
+    files
+        Its files, as they were; extents count into this.
+    tensors
+        The model's tensors in the model's order.
+    others
+        Tensors stored beside the model: optimizer slots. Never averaged.
+    metadata
+        Texts the file carries about itself.
+    """
+
+    format: str
+    files: tuple[FileIdentity, ...]
+    tensors: tuple[TensorSpec, ...]
+    others: tuple[TensorSpec, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The path the checkpoint was opened by."""
+        return self.files[0].path
+
+
+class BlockReader(Protocol):
+    """Reads tensors that have no extent; made by the format, one an open checkpoint."""
+
+    def read(self, spec: TensorSpec, start: int, out: Array) -> None:
+        """Fill a flat array with the tensor's elements from position `start`, in storage order."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class LazyTensor:
+    """A tensor of an open checkpoint; its bytes are read when an array is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: TensorSpec) -> None:
+        self._checkpoint, self.spec = checkpoint, spec
+        self.shape, self.dtype = spec.shape, spec.entry.numpy
+
+    def read(self) -> Array:
+        """Return the tensor as a new array."""
+        flat = np.empty(self.spec.size, self.dtype)
+        self._checkpoint.read(self.spec, 0, flat)
+        return self.spec.array(flat)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("a lazy tensor is always read into a new array")
+        array = self.read()
+        return array if dtype is None else array.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"<{self.spec.name}: {self.spec.describe()}>"
+
+
+class Checkpoint(Mapping[str, LazyTensor]):
+    """An open checkpoint: an ordered mapping from names to lazy tensors.
+
+    Use it in a ``with`` statement. Reading is positional, so threads can share it.
+    """
+
+    def __init__(self, index: Index, block_reader: BlockReader | None = None) -> None:
+        self.index = index
+        self._block_reader = block_reader
+        self._specs = {spec.name: spec for spec in index.tensors}
+        self._descriptors: list[int] = []
+        try:
+            for identity in index.files:
+                self._descriptors.append(os.open(identity.path, os.O_RDONLY | _O_BINARY))
+            self.verify_unchanged()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def path(self) -> str:
+        """The path the checkpoint was opened by."""
+        return self.index.path
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Texts the file carries about itself."""
+        return self.index.metadata
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return LazyTensor(self, self._specs[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        if self._block_reader is not None:
+            self._block_reader.close()
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return the specification of a tensor."""
+        return self._specs[name]
+
+    def read(self, spec: TensorSpec, start: int, out: Array) -> None:
+        """Fill `out`, flat and contiguous, with elements from position `start`, in storage order.
+
+        Numbers of less than a byte are read as bytes: `out` is uint8 and `start` counts those.
+
+        Raises
+        ------
+        CheckpointFormatError
+            The file ends before the tensor does.
+        """
+        if spec.extent is None:
+            if self._block_reader is None:
+                raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
+            self._block_reader.read(spec, start, out)
+            return
+        file, offset, _ = spec.extent
+        if not read_exactly(self._descriptors[file], out, offset + start * out.itemsize):
+            raise CheckpointFormatError(
+                f"{self.index.files[file].path}: the file ends within {spec.name}",
+                path=self.index.files[file].path,
+                tensor=spec.name,
+            )
+
+    def read_raw(self, extent: Extent) -> bytes:
+        """Return the bytes of an extent."""
+        buffer = np.empty(extent.length, np.uint8)
+        if not read_exactly(self._descriptors[extent.file], buffer, extent.offset):
+            path = self.index.files[extent.file].path
+            raise CheckpointFormatError(f"{path}: the file is shorter than it was", path=path)
+        return buffer.tobytes()
+
+    def descriptor(self, file: int) -> int:
+        """Return the open descriptor of one of the files, for copying from."""
+        return self._descriptors[file]
+
+    def verify_unchanged(self) -> None:
+        """Raise `CheckpointChangedError` unless the files are what they were when indexed."""
+        for identity, descriptor in zip(self.index.files, self._descriptors, strict=True):
+            try:
+                now = identify(identity.path)
+            except FileNotFoundError:
+                now = None
+            opened = _identity(identity.path, os.fstat(descriptor))
+            if now != identity or opened != identity:
+                raise CheckpointChangedError(
+                    f"{identity.path} changed while it was being read; nothing was written. "
+                    "Try again when the file is complete",
+                    path=identity.path,
+                )
+
+
+_O_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def _identity(path: str, status: os.stat_result) -> FileIdentity:
+    return FileIdentity(
+        path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+    )
+
+
+def identify(path: str) -> FileIdentity:
+    """Return what a file is now; refuses what is not a regular file, without opening it."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder that holds no checkpoint" if stat.S_ISDIR(status.st_mode) else (
+            "a device, pipe or socket"
+        )
+        raise CheckpointFormatError(f"{path} is {kind}; expected a checkpoint file", path=path)
+    return _identity(path, status)
+
+
+def read_exactly(descriptor: int, out: Array, offset: int) -> bool:
+    """Fill a contiguous array from a file's bytes at `offset`; False if the file ends before."""
+    view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+class Template(NamedTuple):
+    """How an output file comes to be: what is carried over, and where the numbers go.
+
+    Attributes
+    ----------
+    size
+        Bytes of the file.
+    targets
+        For each tensor to be written, its dtype and place in the output.
+    head
+        Bytes to write at the beginning.
+    carry
+        Extents of the reference checkpoint to copy, each with its place in the output.
+    finish
+        Called with the output's descriptor when all is written (checksums).
+    """
+
+    size: int
+    targets: Mapping[str, TensorSpec]
+    head: bytes = b""
+    carry: Sequence[tuple[Extent, int]] = ()
+    finish: Callable[[int], None] | None = None
+
+
+class Sink(Protocol):
+    """Takes the results of one average."""
+
+    def wants(self, name: str) -> bool:
+        """Whether this tensor's numbers have to be written, rather than carried over."""
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        """Store elements from position `start`, in storage order; called from many threads."""
+
+
+def complement(size: int, extents: Iterable[Extent]) -> list[tuple[Extent, int]]:
+    """Return what of a file's bytes lies outside the extents, as a template's `carry`.
+
+    >>> complement(10, [Extent(0, 2, 3), Extent(0, 8, 2)])
+    [(Extent(file=0, offset=0, length=2), 0), (Extent(file=0, offset=5, length=3), 5)]
+    """
+    carry, position = [], 0
+    for _, offset, length in sorted(extents, key=lambda extent: extent.offset):
+        if offset > position:
+            carry.append((Extent(0, position, offset - position), position))
+        position = max(position, offset + length)
+    if position < size:
+        carry.append((Extent(0, position, size - position), position))
+    return carry

@@ -1,0 +1,478 @@
+"""Averaging, loading and saving checkpoint files: open, plan, stream, commit.
+
+The composition root: here, and only here, formats, plan, stream and publishing meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from wavg import stream
+from wavg import weights as schedules
+from wavg.checkpoint import Checkpoint, Template, TensorSpec
+from wavg.dtypes import dtype_of
+from wavg.errors import CheckpointFormatError, OutputError, WeightError
+from wavg.formats import format_of_output, load_module, open_file
+from wavg.inputs import PathLike, expand, read_steps
+from wavg.plan import Options, Plan, make_plan, parse_size
+from wavg.publish import AtomicFile, refuse_existing
+
+__all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
+
+Array = npt.NDArray[Any]
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an average from files to a file did.
+
+    Attributes
+    ----------
+    output
+        The path written.
+    plan
+        The decision that was carried out: inputs, weights, tensors, bytes.
+    differing
+        Names of carried-over tensors (integers) whose values differ between the inputs: the output
+        has the newest's.
+    """
+
+    output: str
+    plan: Plan
+    differing: tuple[str, ...]
+
+
+@overload
+def average_checkpoints(
+    inputs: PathLike | Iterable[PathLike], output: None = None, **options: Any
+) -> dict[str, Array]: ...
+@overload
+def average_checkpoints(
+    inputs: PathLike | Iterable[PathLike], output: PathLike, **options: Any
+) -> Report: ...
+def average_checkpoints(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike | None = None,
+    *,
+    weights: schedules.WeightsLike = "equal",
+    last: int | None = None,
+    steps: Sequence[float] | None = None,
+    sort: bool = False,
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    optimizer: str = "carry",
+    integers: str = "reference",
+    allow_nonfinite: bool = False,
+    opaque_dtype: str | None = None,
+    overwrite: bool = False,
+    max_memory: int | str = "64MiB",
+    workers: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = False,
+) -> dict[str, Array] | Report:
+    """Average the checkpoints of a training run, from files to arrays or to a file.
+
+    Parameters
+    ----------
+    inputs
+        A glob, a folder, a path, or a list of them, oldest first. A glob or a folder is sorted
+        naturally (``model_9`` before ``model_10``); a list is taken as given.
+    output
+        The file to write. None returns the arrays. A file of the inputs' format is the newest
+        input with its numbers replaced: configuration, attributes, optimizer state and all else
+        stay, byte for byte. Any other format is a new file that holds the tensors.
+    weights
+        ``"equal"``, ``"linear"``, ``"exponential:alpha=2"``, a schedule such as
+        `wavg.exponential`, or one number a checkpoint, oldest first.
+    last
+        Only the newest so many.
+    steps
+        Where in training each checkpoint was saved; read from the file names by default.
+    sort
+        Put a list, too, into natural order.
+    dtype
+        Write averaged tensors in this floating-point format rather than their own.
+    include, exclude
+        Globs over tensor names: average only these; take these from the newest.
+    optimizer
+        ``"carry"`` the newest's optimizer state over, or ``"drop"`` it.
+    integers
+        Integer and boolean tensors are not averaged: ``"reference"`` takes the newest's and reports
+        those that differ, ``"error"`` refuses them.
+    allow_nonfinite
+        Let NaN and infinities through in place of an error.
+    opaque_dtype
+        ``"bfloat16"`` declares unnamed two-byte values, as Keras' ``.h5`` stores bfloat16, to be so.
+    overwrite
+        Replace an existing output. It may be one of the inputs.
+    max_memory
+        The most memory to use beyond the interpreter with wavg imported, in bytes or as text. Arrays
+        returned come on top.
+    workers
+        Threads; by default as many as there are cores for this process.
+    executor
+        Runs the workers in place of threads of its own.
+    progress
+        Show a progress bar on standard error if that is a terminal.
+
+    Returns
+    -------
+    dict or Report
+        Without an output, an ordered dict from tensor names to arrays in the model's order:
+        ``model.set_weights(list(result.values()))``. With one, what was done.
+
+    Raises
+    ------
+    WavgError
+        See `wavg.errors`: damaged input, mismatched structures, NaN, an output that exists …
+    FileNotFoundError
+        A missing input.
+
+    Notes
+    -----
+    Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once, to nearest even. Each
+    input is read once, the output written once, in blocks; memory does not depend on the size of
+    the model. The output appears under its name only when it is complete and on disk.
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile, wavg
+    >>> folder = tempfile.mkdtemp()
+    >>> for step in (9, 10):
+    ...     wavg.save(f"{folder}/model_{step}.safetensors", {"w": np.float32([step, 1])})
+    >>> wavg.average_checkpoints(f"{folder}/model_*.safetensors")
+    {'w': array([9.5, 1. ], dtype=float32)}
+    >>> report = wavg.average_checkpoints(
+    ...     f"{folder}/model_*.safetensors", f"{folder}/average.safetensors", weights="linear")
+    >>> [f"{part.step:g}: {part.proportion:.3f}" for part in report.plan.inputs]
+    ['9: 0.333', '10: 0.667']
+    """
+    options = Options(
+        dtype=dtype,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        optimizer=optimizer,
+        integers=integers,
+        allow_nonfinite=allow_nonfinite,
+        max_memory=parse_size(max_memory),
+        workers=workers if workers is not None else _available_cores(),
+    )
+    paths, all_steps = _select(inputs, steps, last, sort)
+    target = None if output is None else os.fspath(output)
+    if target is not None:
+        format_of_output(target)
+        refuse_existing(target, overwrite)
+    with _opened(paths, opaque_dtype) as checkpoints:
+        plan = _plan(checkpoints, all_steps, weights, target, options)
+        with _progress_bar(plan, progress) as tick:
+            if target is None:
+                memory = _MemorySink(plan)
+                stream.run(plan, checkpoints, memory, executor=executor, progress=tick)
+                _verify(checkpoints)
+                return memory.arrays()
+            with AtomicFile(target, overwrite=overwrite) as file:
+                template = _template(plan, checkpoints[-1], target, file.temporary)
+                sink = _FileSink(file, template, checkpoints[-1])
+                differing = stream.run(plan, checkpoints, sink, executor=executor, progress=tick)
+                if template.finish is not None:
+                    template.finish(file.descriptor)
+                _verify(checkpoints)
+                file.commit()
+    return Report(target, plan, tuple(differing))
+
+
+def plan_average(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike | None = None,
+    *,
+    weights: schedules.WeightsLike = "equal",
+    last: int | None = None,
+    steps: Sequence[float] | None = None,
+    sort: bool = False,
+    opaque_dtype: str | None = None,
+    max_memory: int | str = "64MiB",
+    workers: int | None = None,
+    **options: Any,
+) -> Plan:
+    """Return what `average_checkpoints` would do, without reading a tensor or writing a byte.
+
+    Parameters are those of `average_checkpoints`.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> folder = tempfile.mkdtemp()
+    >>> for step in (9, 10):
+    ...     wavg.save(f"{folder}/model_{step}.safetensors", {"w": np.float32([step, 1])})
+    >>> plan = wavg.plan_average(folder, "average.safetensors", weights="linear")
+    >>> plan.bytes_read, round(plan.figures.effective_number, 2)
+    (16, 1.8)
+    """
+    decided = Options(
+        max_memory=parse_size(max_memory),
+        workers=workers if workers is not None else _available_cores(),
+        **{key: tuple(v) if key in ("include", "exclude") else v for key, v in options.items()},
+    )
+    paths, all_steps = _select(inputs, steps, last, sort)
+    target = None if output is None else os.fspath(output)
+    if target is not None:
+        format_of_output(target)
+    with _opened(paths, opaque_dtype) as checkpoints:
+        return _plan(checkpoints, all_steps, weights, target, decided)
+
+
+def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
+    """Open a checkpoint: an ordered mapping from tensor names to lazy tensors.
+
+    Parameters
+    ----------
+    path
+        A Keras ``.h5``, safetensors or ``.npz`` file; its content tells which.
+    opaque_dtype
+        ``"bfloat16"`` declares unnamed two-byte values to be so.
+
+    Returns
+    -------
+    Checkpoint
+        To be used in a ``with`` statement. A tensor has ``shape`` and ``dtype``, and
+        `numpy.asarray` reads it. Only the index is read on opening.
+
+    Raises
+    ------
+    CheckpointFormatError
+        The file is damaged, or no checkpoint.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> wavg.save(path, {"kernel": np.zeros((2, 3), np.float32)})
+    >>> with wavg.open_checkpoint(path) as checkpoint:
+    ...     checkpoint["kernel"]
+    <kernel: float32[2, 3]>
+    """
+    return open_file(os.fspath(path), opaque_dtype=opaque_dtype)
+
+
+def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]:
+    """Read all tensors of a checkpoint into an ordered dict.
+
+    Parameters are those of `open_checkpoint`. Optimizer state is not part of the model. Costs one
+    reading of the file and memory for its tensors.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> path = tempfile.mkdtemp() + "/model.npz"
+    >>> wavg.save(path, {"b": np.float32([1]), "a": np.arange(2)})
+    >>> list(wavg.load(path).items())
+    [('b', array([1.], dtype=float32)), ('a', array([0, 1]))]
+    """
+    with open_checkpoint(path, opaque_dtype=opaque_dtype) as checkpoint:
+        tensors = {name: tensor.read() for name, tensor in checkpoint.items()}
+        checkpoint.verify_unchanged()
+    return tensors
+
+
+def save(
+    path: PathLike,
+    tensors: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write named arrays to a new checkpoint; the name's ending tells the format.
+
+    Parameters
+    ----------
+    path
+        Ends with ``.safetensors``, ``.h5`` (Keras' layout of weights; the first part of a name,
+        up to a slash, is the layer) or ``.npz``.
+    tensors
+        Names to arrays, or whatever `numpy.asarray` takes. Names, order, dtypes and shapes are kept.
+    metadata
+        Texts for the header; not for ``.npz``.
+    overwrite
+        Replace an existing file.
+
+    Raises
+    ------
+    OutputExistsError
+        The file exists.
+    OutputError
+        It cannot be written, or the format cannot hold a name or dtype.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> wavg.save(tempfile.mkdtemp() + "/model.h5", {"dense/kernel": np.ones((2, 3))})
+    """
+    target = os.fspath(path)
+    # Not ascontiguousarray: it would make a zero-dimensional array one-dimensional.
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    specs = [_spec_of(target, name, array) for name, array in arrays.items()]
+    module = load_module(format_of_output(target).name)
+    with AtomicFile(target, overwrite=overwrite) as file:
+        template = module.create(specs, metadata or {}, file.temporary)
+        sink = _FileSink(file, template, None)
+        for name, array in arrays.items():
+            if array.size:
+                sink.write(name, 0, array.reshape(-1))
+        if template.finish is not None:
+            template.finish(file.descriptor)
+        file.commit()
+
+
+def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
+    entry = dtype_of(array.dtype)
+    if entry is None or entry.bits % 8 or array.dtype.byteorder == ">":
+        raise OutputError(
+            f"{path}: cannot store {name!r}: {array.dtype} is not a plain number", tensor=name
+        )
+    return TensorSpec(name, entry.name, array.shape)
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _select(
+    inputs: PathLike | Iterable[PathLike],
+    steps: Sequence[float] | None,
+    last: int | None,
+    sort: bool,
+) -> tuple[list[str], tuple[float, ...]]:
+    """Return the paths to average and their steps, oldest first."""
+    paths = expand(inputs, sort=sort)
+    if steps is not None and len(steps) != len(paths):
+        raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
+    numbers = read_steps(paths) if steps is None else tuple(map(float, steps))
+    if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
+        raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
+    if last is not None:
+        if not 1 <= last <= len(paths):
+            raise WeightError(
+                f"last must be between 1 and {len(paths)}, the number of checkpoints, not {last}"
+            )
+        paths, numbers = paths[-last:], numbers[-last:]
+    return paths, numbers
+
+
+@contextlib.contextmanager
+def _opened(paths: Sequence[str], opaque_dtype: str | None) -> Iterator[list[Checkpoint]]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(open_checkpoint(path, opaque_dtype=opaque_dtype)) for path in paths
+        ]
+
+
+def _plan(
+    checkpoints: Sequence[Checkpoint],
+    steps: tuple[float, ...],
+    weights: schedules.WeightsLike,
+    output: str | None,
+    options: Options,
+) -> Plan:
+    schedule = schedules.resolve(weights)
+    return make_plan(
+        [checkpoint.index for checkpoint in checkpoints],
+        steps,
+        schedule(steps),
+        str(schedule),
+        options,
+        patches=output is not None and _patches(checkpoints[-1], output),
+        in_memory=output is None,
+    )
+
+
+def _patches(reference: Checkpoint, output: str) -> bool:
+    return format_of_output(output).name == reference.index.format
+
+
+def _template(plan: Plan, reference: Checkpoint, output: str, temporary: str) -> Template:
+    module = load_module(format_of_output(output).name)
+    if _patches(reference, output):
+        averaged = [decision.output for decision in plan.averaged]
+        template: Template = module.patch(reference, averaged, plan.keep_others, temporary)
+        return template
+    everything = [decision.output._replace(extent=None) for decision in plan.decisions]
+    created: Template = module.create(everything, {}, temporary)
+    return created
+
+
+def _verify(checkpoints: Iterable[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        checkpoint.verify_unchanged()
+
+
+@contextlib.contextmanager
+def _progress_bar(plan: Plan, wanted: bool) -> Iterator[Callable[[int], object] | None]:
+    if not wanted or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=plan.bytes_read, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+
+class _MemorySink:
+    """Collects the result as arrays."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._outputs = {decision.spec.name: decision.output for decision in plan.decisions}
+        for spec in self._outputs.values():
+            if spec.entry.bits % 8:
+                raise CheckpointFormatError(
+                    f"{spec.name} is {spec.dtype}, which no array can hold; write to a file",
+                    tensor=spec.name,
+                )
+        self._flat = {
+            name: np.empty(spec.size, spec.entry.numpy) for name, spec in self._outputs.items()
+        }
+
+    def wants(self, name: str) -> bool:
+        return True
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        self._flat[name][start : start + len(values)] = values
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the tensors by name, in the model's order."""
+        return {name: spec.array(self._flat[name]) for name, spec in self._outputs.items()}
+
+
+class _FileSink:
+    """Writes results to their places in a temporary file made after a template."""
+
+    def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:
+        self._file, self._targets = file, template.targets
+        file.resize(template.size)
+        if template.head:
+            file.write(template.head, 0)
+        for extent, offset in template.carry:
+            assert reference is not None  # only a patched reference carries anything over
+            file.copy_from(
+                reference.descriptor(extent.file), extent.offset, extent.length, offset
+            )
+
+    def wants(self, name: str) -> bool:
+        return name in self._targets
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        extent = self._targets[name].extent
+        assert extent is not None  # a target is a place
+        self._file.write(values, extent.offset + start * values.itemsize)

@@ -1,0 +1,121 @@
+"""The table of formats, and how a file is told to be of one.
+
+A format is a short module with three functions:
+
+- ``read_index(path, *, opaque_dtype)`` → `Index`: what is in a file. Trusts nothing it reads.
+- ``patch(reference, specs, keep_others, path)`` → `Template`: an output that is the reference file
+  with the numbers of `specs` replaced; every other byte as it was wherever the layout allows.
+- ``create(specs, metadata, path)`` → `Template`: a new file that holds just these tensors.
+
+The last two may write a skeleton to `path` and say where its payloads lie. A module may have
+``block_reader(index)`` for tensors without extents. Modules are imported when first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, NamedTuple
+
+from wavg.checkpoint import Checkpoint, Index, identify
+from wavg.errors import CheckpointFormatError, OutputError
+
+__all__ = ["FORMATS", "Format", "format_of_output", "is_checkpoint_name", "load_module", "open_file"]
+
+
+class Format(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    magic: bytes
+    module: str
+
+
+FORMATS = (
+    Format("keras-h5", (".h5", ".hdf5"), b"\x89HDF\r\n\x1a\n", "wavg.formats.keras_h5"),
+    Format("safetensors", (".safetensors",), b"", "wavg.formats.safetensors"),
+    Format("npz", (".npz",), b"PK\x03\x04", "wavg.formats.npz"),
+)
+
+# Known by name, and not read by this version: said plainly, rather than "unknown".
+_RECOGNISED = {
+    ".weights.h5": "Keras 3 weights (.weights.h5)",
+    ".keras": "Keras 3 archives (.keras)",
+    ".weights.json": "sharded Keras weights",
+    ".safetensors.index.json": "sharded safetensors",
+    ".pt": "PyTorch pickles (save as safetensors)",
+    ".pth": "PyTorch pickles (save as safetensors)",
+    ".ckpt": "PyTorch or TensorFlow checkpoints (save as safetensors)",
+    ".bin": "PyTorch pickles (save as safetensors)",
+}
+
+
+def load_module(name: str) -> Any:
+    """Import the module of a format named in the table."""
+    return importlib.import_module(next(row.module for row in FORMATS if row.name == name))
+
+
+def open_file(path: str, *, opaque_dtype: str | None = None) -> Checkpoint:
+    """Open a checkpoint file, whatever its format; its first bytes tell which.
+
+    Raises
+    ------
+    CheckpointFormatError
+        Not a checkpoint, a damaged one, or of a kind this version does not read.
+    FileNotFoundError
+        No such file.
+    """
+    identify(path)  # refuses pipes and devices before they are opened
+    module = load_module(_detect(path).name)
+    index: Index = module.read_index(path, opaque_dtype=opaque_dtype)
+    make_reader = getattr(module, "block_reader", None)
+    needs_reader = any(spec.extent is None for spec in index.tensors)
+    return Checkpoint(index, make_reader(index) if make_reader and needs_reader else None)
+
+
+def is_checkpoint_name(path: str) -> bool:
+    """Whether a file's name ends like that of a checkpoint this version reads."""
+    return path.endswith(tuple(s for row in FORMATS for s in row.suffixes)) and not _recognised(path)
+
+
+def format_of_output(path: str) -> Format:
+    """Return the format an output's name asks for."""
+    for row in FORMATS:
+        if path.endswith(row.suffixes) and not _recognised(path):
+            return row
+    known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
+    raise OutputError(
+        f"cannot tell what format {path} should have; end its name with one of {known}", path=path
+    )
+
+
+def _recognised(path: str) -> str | None:
+    name = os.path.basename(path)
+    return next((text for suffix, text in _RECOGNISED.items() if name.endswith(suffix)), None)
+
+
+def _detect(path: str) -> Format:
+    with open(path, "rb") as file:
+        start = file.read(64)
+    by_magic = [row for row in FORMATS if row.magic and start.startswith(row.magic)]
+    if by_magic and not (by_magic[0].name == "npz" and _recognised(path)):
+        return by_magic[0]
+    if start[8:9] == b"{":
+        return next(row for row in FORMATS if row.name == "safetensors")
+    raise CheckpointFormatError(f"{path}: {_diagnose(path, start)}", path=path)
+
+
+def _diagnose(path: str, start: bytes) -> str:
+    text = start.lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "this is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "this is a web page; the download did not give the file itself"
+    if kind := _recognised(path):
+        return f"{kind} are not read by this version of wavg"
+    if path.endswith(".safetensors"):
+        return "this is no safetensors file: no header where one belongs"
+    return "not a checkpoint wavg knows; it reads Keras .h5, .safetensors and .npz"

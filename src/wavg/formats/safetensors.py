@@ -1,0 +1,171 @@
+"""Safetensors: eight bytes of header length, a JSON header, the data.
+
+The rules checked here are those of the format's reference implementation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wavg.checkpoint import Checkpoint, Extent, Index, Template, TensorSpec, complement, identify
+from wavg.dtypes import DTYPES
+from wavg.errors import CheckpointFormatError, OutputError
+
+__all__ = ["create", "patch", "read_index"]
+
+_HEADER_LIMIT = 100_000_000
+_BY_CODE = {entry.code: entry for entry in DTYPES if entry.code}
+_METADATA = "__metadata__"
+
+
+def read_index(path: str, *, opaque_dtype: str | None = None) -> Index:
+    """Read and check a file's header; the data is not touched."""
+    identity = identify(path)
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_HEADER_LIMIT, identity.size - 8):
+            raise _bad(
+                path,
+                f"the header claims {length:,} bytes; the file has {identity.size:,}, "
+                f"and a header at most {_HEADER_LIMIT:,}. The file may be truncated",
+            )
+        raw = file.read(length)
+    header = _parse(path, raw)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "its metadata is not a table of texts")
+    specs = [_spec(path, name, entry, 8 + length) for name, entry in header.items()]
+    _check_tiling(path, specs, 8 + length, identity.size)
+    return Index("safetensors", (identity,), tuple(specs), metadata=metadata)
+
+
+def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{path}: not a sound safetensors file: {why}", path=path, tensor=tensor)
+
+
+def _parse(path: str, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _bad(path, f"{twice!r} appears twice in its header")
+        return table
+
+    def no_constant(text: str) -> Any:
+        raise _bad(path, f"{text} in its header")
+
+    try:
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+        )
+    except CheckpointFormatError:
+        raise
+    except UnicodeDecodeError:
+        raise _bad(path, "its header is not UTF-8") from None
+    except RecursionError:
+        raise _bad(path, "its header is nested too deeply") from None
+    except ValueError as error:
+        raise _bad(path, f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _bad(path, "its header is not a table")
+    return header
+
+
+def _spec(path: str, name: str, entry: Any, base: int) -> TensorSpec:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"{name!r} lacks dtype, shape or data_offsets, or has more", name)
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _BY_CODE:
+        raise _bad(path, f"{name!r} has the unknown dtype {code!r}", name)
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _bad(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}", name)
+    start, end = offsets
+    bits = math.prod(shape) * _BY_CODE[code].bits
+    if bits % 8 or end - start != bits // 8:
+        raise _bad(
+            path, f"{name!r} is {code}{shape}, {bits / 8:g} bytes, but has {end - start}", name
+        )
+    return TensorSpec(name, _BY_CODE[code].name, tuple(shape), Extent(0, base + start, end - start))
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
+
+
+def _check_tiling(path: str, specs: Sequence[TensorSpec], base: int, size: int) -> None:
+    position = base
+    for spec in sorted(specs, key=lambda spec: (_extent(spec).offset, _extent(spec).length)):
+        extent = _extent(spec)
+        if extent.offset != position:
+            kind = "a hole" if extent.offset > position else "an overlap"
+            raise _bad(path, f"there is {kind} in the data before {spec.name!r}", spec.name)
+        position += extent.length
+    if position != size:
+        what = "is truncated" if position > size else "has trailing bytes"
+        raise _bad(path, f"it {what}: the header describes {position:,} bytes, it has {size:,}")
+
+
+def _extent(spec: TensorSpec) -> Extent:
+    assert spec.extent is not None  # every tensor of this format has one
+    return spec.extent
+
+
+def patch(
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, path: str
+) -> Template:
+    """Replace the numbers of `specs`; with other dtypes the header is written anew."""
+    index = reference.index
+    size = index.files[0].size
+    replaced = {spec.name: spec for spec in specs}
+    if all(spec.dtype == reference.spec(spec.name).dtype for spec in specs):
+        targets = {name: reference.spec(name) for name in replaced}
+        return Template(size, targets, carry=complement(size, map(_extent, targets.values())))
+    everything = [
+        replaced[spec.name]._replace(extent=None) if spec.name in replaced else spec
+        for spec in index.tensors
+    ]
+    fresh = create(everything, index.metadata, path)
+    carry = [
+        (_extent(spec), _extent(fresh.targets[spec.name]).offset)
+        for spec in index.tensors
+        if spec.name not in replaced
+    ]
+    targets = {name: fresh.targets[name] for name in replaced}
+    return fresh._replace(targets=targets, carry=carry)
+
+
+def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) -> Template:
+    """Lay out a new file: the header in the order given, the data so that all is aligned."""
+    offsets, position = {}, 0
+    for spec in sorted(specs, key=lambda spec: -spec.entry.bits):
+        offsets[spec.name] = position
+        position += spec.nbytes
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for spec in specs:
+        if spec.name == _METADATA or not spec.entry.code or spec.fortran:
+            why = "name" if spec.name == _METADATA else "dtype" if not spec.entry.code else "order"
+            raise OutputError(
+                f"{path}: safetensors cannot hold {spec.name!r} ({spec.describe()}): its {why}",
+                path=path,
+                tensor=spec.name,
+            )
+        header[spec.name] = {
+            "dtype": spec.entry.code,
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[spec.name], offsets[spec.name] + spec.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    targets = {
+        spec.name: spec._replace(extent=Extent(0, base + offsets[spec.name], spec.nbytes))
+        for spec in specs
+    }
+    return Template(base + position, targets, head=len(text).to_bytes(8, "little") + text)

@@ -1,0 +1,191 @@
+"""The only code that makes an output file appear.
+
+It writes into a temporary sibling and renames it when complete, so that under the destination's
+name there is the old file whole or the new file whole, at every instant. It knows bytes and
+offsets, nothing of checkpoints' meaning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+
+from wavg.errors import OutputError, OutputExistsError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: strays are then left for a person to remove
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["AtomicFile", "refuse_existing"]
+
+_COPY_BYTES = 1 << 20
+_SUFFIX = ".wavg-tmp"
+
+
+def refuse_existing(path: str, overwrite: bool) -> None:
+    """Raise `OutputExistsError` if there is something at `path` that was not to be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(
+            f"{path} exists; choose another output, or pass overwrite=True (--overwrite)", path=path
+        )
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder; the output is a file", path=path)
+
+
+class AtomicFile:
+    """A file in the making. Leaving the ``with`` block without `commit` leaves no trace.
+
+    Parameters
+    ----------
+    path
+        The destination; if it is a symbolic link, what it points to.
+    overwrite
+        Whether an existing file may be replaced.
+
+    Notes
+    -----
+    The temporary file is locked while this process lives. A later run to the same destination
+    removes temporaries that nobody holds a lock on: what a killed run left behind.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+        refuse_existing(path, overwrite)
+        self.path, self._overwrite = path, overwrite
+        self._destination = os.path.realpath(path)
+        self._folder, name = os.path.split(self._destination)
+        self._prefix = f".{name}."
+        self.temporary = os.path.join(
+            self._folder, f"{self._prefix}{secrets.token_hex(6)}{_SUFFIX}"
+        )
+        self._descriptor = -1
+
+    def __enter__(self) -> AtomicFile:
+        with self._failures():
+            self._reclaim()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            self._descriptor = os.open(self.temporary, flags, 0o666)  # less the umask
+            self._lock(self._descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.temporary)
+
+    @property
+    def descriptor(self) -> int:
+        """The open temporary file, for reading back."""
+        return self._descriptor
+
+    def resize(self, size: int) -> None:
+        """Give the file its final length."""
+        with self._failures():
+            os.ftruncate(self._descriptor, size)
+
+    def write(self, data: bytes | npt.NDArray[Any], offset: int) -> None:
+        """Write bytes, or a contiguous array's, at an offset; threads may share this."""
+        view = memoryview(data).cast("B") if isinstance(data, bytes) else memoryview(
+            data.reshape(-1).view("u1")
+        )
+        done = 0
+        with self._failures():
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+
+    def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
+        """Copy bytes of another open file to an offset of this one."""
+        with self._failures():
+            while length:
+                data = os.pread(source, min(length, _COPY_BYTES), start)
+                if not data:
+                    raise OSError(errno.EIO, "the file copied from became shorter")
+                self.write(data, offset)
+                start, offset, length = start + len(data), offset + len(data), length - len(data)
+
+    def commit(self) -> None:
+        """Make the file durable and let it appear under its name."""
+        with self._failures():
+            os.fsync(self._descriptor)
+            if self._overwrite:
+                os.replace(self.temporary, self._destination)
+            else:
+                self._publish_new()
+            self._sync_folder()
+
+    def _publish_new(self) -> None:
+        # A hard link fails where a file has appeared meanwhile; a rename would replace it.
+        try:
+            os.link(self.temporary, self._destination)
+        except FileExistsError:
+            raise OutputExistsError(
+                f"{self.path} appeared while it was being written; it was left as it is",
+                path=self.path,
+            ) from None
+        except OSError:  # a file system without hard links
+            refuse_existing(self._destination, overwrite=False)
+            os.rename(self.temporary, self._destination)
+
+    def _sync_folder(self) -> None:
+        if os.name != "posix":  # pragma: no cover
+            return
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> bool:
+        if fcntl is None:  # pragma: no cover
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def _reclaim(self) -> None:
+        for name in os.listdir(self._folder):
+            if name.startswith(self._prefix) and name.endswith(_SUFFIX):
+                stray = os.path.join(self._folder, name)
+                with contextlib.suppress(OSError):
+                    descriptor = os.open(stray, os.O_RDWR)
+                    try:
+                        if self._lock(descriptor):
+                            os.unlink(stray)
+                    finally:
+                        os.close(descriptor)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror or error}; "
+                "what stood there before is untouched",
+                path=self.path,
+                errno=error.errno,
+            ) from error

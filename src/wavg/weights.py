@@ -1,0 +1,265 @@
+"""Schedules: rules that turn the checkpoints' steps into averaging weights.
+
+This module knows numbers only: no files, no tensors. A schedule is written in one short text,
+``exponential:alpha=2``, that the command line, the reports and the constructors here share.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from wavg.errors import WeightError
+
+__all__ = [
+    "Figures",
+    "Schedule",
+    "WeightsLike",
+    "equal",
+    "explicit",
+    "exponential",
+    "figures",
+    "linear",
+    "parse",
+    "resolve",
+]
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A weighting scheme.
+
+    Attributes
+    ----------
+    text
+        The text form, which `parse` reads back.
+    coefficients
+        From the steps, oldest first, shape (N,), to unnormalised weights, shape (N,), float64.
+    update
+        For a stream whose length is unknown: from the 1-based position of a model to the pair
+        (keep, add) of ``sum = keep * sum + add * model``. None where there is no such form.
+
+    Examples
+    --------
+    >>> schedule = linear()
+    >>> schedule(np.array([100, 200, 300]))
+    array([1., 2., 3.])
+    >>> str(exponential(alpha=3))
+    'exponential:alpha=3'
+    """
+
+    text: str
+    coefficients: Callable[[F64], F64]
+    update: Callable[[int], tuple[float, float]] | None = None
+
+    def __call__(self, steps: npt.ArrayLike) -> F64:
+        """Return the weights of checkpoints saved at these steps, oldest first."""
+        return self.coefficients(np.asarray(steps, dtype=np.float64))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+WeightsLike: TypeAlias = "str | Schedule | Sequence[float] | npt.NDArray[np.float64]"
+
+
+def equal() -> Schedule:
+    """Weigh all alike: ``c_i = 1``. Also called SWA, LAWA, a uniform soup.
+
+    References
+    ----------
+    Polyak & Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*;
+    Izmailov et al. 2018, arXiv:1803.05407; Kaddour 2022, arXiv:2209.14981.
+
+    Examples
+    --------
+    >>> equal()([10, 20, 30])
+    array([1., 1., 1.])
+    """
+    return Schedule("equal", lambda steps: np.ones(len(steps)), lambda position: (1.0, 1.0))
+
+
+def linear() -> Schedule:
+    """Weigh newer checkpoints more, in proportion to their position: ``c_i = i``, oldest first.
+
+    Of N checkpoints, newest first j = 1 … N, this is (N - j + 1) / N up to the factor N.
+
+    References
+    ----------
+    PMA-WMA in arXiv:2505.12082.
+
+    Examples
+    --------
+    >>> linear()([10, 20, 30])
+    array([1., 2., 3.])
+    """
+    return Schedule(
+        "linear",
+        lambda steps: np.arange(1.0, len(steps) + 1),
+        lambda position: (1.0, float(position)),
+    )
+
+
+def exponential(alpha: float = 2.0) -> Schedule:
+    """Weigh the j-th newest checkpoint ``exp(-j / alpha)``.
+
+    Parameters
+    ----------
+    alpha
+        The decay, in checkpoints: after so many, the weight has fallen to 1/e. Positive.
+
+    Examples
+    --------
+    >>> exponential(alpha=2)([10, 20, 30]).round(4)
+    array([0.3679, 0.6065, 1.    ])
+    """
+    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+        raise WeightError(f"exponential: alpha must be a positive number, not {alpha!r}")
+    return Schedule(
+        f"exponential:alpha={_text(alpha)}",
+        lambda steps: np.exp(np.arange(1.0 - len(steps), 1.0) / alpha),
+        lambda position: (math.exp(-1.0 / alpha), 1.0),
+    )
+
+
+def explicit(weights: Sequence[float] | F64) -> Schedule:
+    """Give one weight a checkpoint, oldest first; negative ones are allowed, a zero sum is not.
+
+    >>> explicit([0.5, 0.3, 0.2])([10, 20, 30])
+    array([0.5, 0.3, 0.2])
+    """
+    try:
+        values = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise WeightError(f"weights must be numbers, not {weights!r}") from None
+    if values.ndim != 1 or not len(values):
+        raise WeightError(f"weights must be a flat list of numbers, not shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise WeightError(f"weights must be finite, not {values.tolist()}")
+    if sum(map(Fraction, values.tolist())) == 0:
+        raise WeightError("the weights sum to zero, so there is no average; change one of them")
+
+    def coefficients(steps: F64) -> F64:
+        if len(steps) != len(values):
+            raise WeightError(f"{len(values)} weights were given for {len(steps)} checkpoints")
+        return values.copy()
+
+    return Schedule(",".join(map(_text, values.tolist())), coefficients)
+
+
+def _text(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+_SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "equal": equal,
+    "linear": linear,
+    "exponential": exponential,
+}
+
+
+def parse(text: str) -> Schedule:
+    """Read the text form of a schedule: ``NAME``, ``NAME:KEY=VALUE,…`` or numbers with commas.
+
+    Raises
+    ------
+    WeightError
+        For an unknown name or parameter, with what there is.
+
+    Examples
+    --------
+    >>> parse("exponential:alpha=4").text
+    'exponential:alpha=4'
+    >>> parse("0.2,0.3,0.5")([1, 2, 3])
+    array([0.2, 0.3, 0.5])
+    >>> parse("cubic")
+    Traceback (most recent call last):
+    ...
+    wavg.errors.WeightError: unknown weights 'cubic'; there are equal, linear, ...
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in _SCHEDULES:
+        try:
+            return explicit([float(part) for part in text.split(",")])
+        except ValueError as error:
+            if isinstance(error, WeightError):
+                raise
+            known = ", ".join(str(schedule()) for schedule in _SCHEDULES.values())
+            raise WeightError(
+                f"unknown weights {text!r}; there are {known} and numbers with commas, "
+                "one a checkpoint, oldest first, such as 0.2,0.3,0.5"
+            ) from None
+    takes = list(inspect.signature(_SCHEDULES[name]).parameters)
+    arguments: dict[str, float] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in takes or not equals or key in arguments:
+            raise WeightError(
+                f"cannot understand {part!r} in weights {text!r}; "
+                f"{name} takes {', '.join(takes) or 'no parameters'}"
+            )
+        try:
+            arguments[key] = float(value)
+        except ValueError:
+            raise WeightError(f"{value!r} in weights {text!r} is not a number") from None
+    return _SCHEDULES[name](**arguments)
+
+
+def resolve(weights: WeightsLike) -> Schedule:
+    """Return the schedule that a text, a schedule or a list of numbers stands for."""
+    if isinstance(weights, Schedule):
+        return weights
+    if isinstance(weights, str):
+        return parse(weights)
+    return explicit(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What to print beside any weights.
+
+    Attributes
+    ----------
+    proportions
+        The weights divided by their sum, shape (N,).
+    effective_number
+        ``1 / Σ c²``: how many equally weighted checkpoints average out noise as well.
+    mean_age
+        ``Σ c_i (t_N - t_i)``, in steps.
+    amplification
+        ``Σ |c|``: 1 without negative weights.
+    """
+
+    proportions: F64
+    effective_number: float
+    mean_age: float
+    amplification: float
+
+
+def figures(coefficients: npt.ArrayLike, steps: npt.ArrayLike) -> Figures:
+    """Compute the figures of merit of weights for checkpoints saved at these steps.
+
+    >>> figures([1, 1, 1, 1], [10, 20, 30, 40]).mean_age
+    15.0
+    """
+    row = np.asarray(coefficients, dtype=np.float64)
+    total = sum(map(Fraction, row.tolist()))
+    if not total:
+        raise WeightError("the weights sum to zero, so there is no average; change one of them")
+    proportions = np.array([float(Fraction(value) / total) for value in row.tolist()])
+    ages = np.asarray(steps, dtype=np.float64)
+    return Figures(
+        proportions,
+        1.0 / float(np.sum(proportions**2)),
+        float(np.sum(proportions * (ages[-1] - ages))),
+        float(np.sum(np.abs(proportions))),
+    )
