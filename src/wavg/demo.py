@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 import wavg
 
-__all__ = ["Result", "plot", "run", "table"]
+__all__ = ["Result", "plot", "run", "story", "table"]
 
 Array = npt.NDArray[Any]
 Model = dict[str, Array]
 
-SEED = 7
+SEED = 11
 EPOCHS, KEPT = 500, 10
 SCHEDULES = ("equal", "linear", "exponential:alpha=2")
 
@@ -101,7 +101,7 @@ def training(x: Array, y: Array) -> Iterator[tuple[int, Model]]:
         order = rng.permutation(len(x))
         for batch in np.split(order, range(10, len(x), 10)):
             for name, gradient in gradients(model, x[batch], y[batch]).items():
-                momentum[name] = np.float32(0.9) * momentum[name] - np.float32(0.02) * gradient
+                momentum[name] = np.float32(0.9) * momentum[name] - np.float32(0.05) * gradient
                 model[name] = model[name] + momentum[name]
         yield epoch, model
 
@@ -142,6 +142,28 @@ def table(result: Result) -> str:
         row = "  ".join(f"{scores[n - 1]:11.3f}" for scores in result.averages.values())
         lines.append(f"{n:>3}  {single:11.3f}  {row}")
     return "\n".join(lines)
+
+
+def story(result: Result) -> str:
+    """Tell the run: what was done, the table, what it shows, and what to do next."""
+    low, high = min(result.single), max(result.single)
+    name, scores = next(iter(result.averages.items()))
+    glob = os.path.join(result.folder, "model_*.safetensors")
+    picture = result.picture or "none: `pip install matplotlib` and run again"
+    return f"""\
+A 2-25-3 network learned {EPOCHS} epochs on 100 points in three overlapping blobs, at a learning rate
+too high to settle. Its last {KEPT} epochs are {glob}.
+Accuracy on 1,000 points it has not seen, of the n-th newest checkpoint alone and of the average of
+the newest n:
+
+{table(result)}
+
+Alone, a checkpoint scores between {low:.3f} and {high:.3f}, {np.mean(result.single):.3f} on average:
+which one you get is luck. The {name} average of all {KEPT} scores {scores[-1]:.3f}.
+(One run with one seed: your own held-out data decides.)
+
+picture: {picture}
+next:    wavg average '{glob}' -o average.safetensors --weights linear"""
 
 
 def plot(result: Result, path: str) -> None:

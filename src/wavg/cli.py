@@ -1,0 +1,318 @@
+"""The command line: argument parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import wavg
+from wavg import weights as schedules
+from wavg.dtypes import DTYPES
+from wavg.errors import WavgError
+from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
+from wavg.inputs import expand, read_steps
+from wavg.plan import MIB, Plan, parse_size
+
+__all__ = ["main"]
+
+_SHOWN = 12  # rows of a long list before the rest is counted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 1 an error, 2 usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("wavg: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (WavgError, OSError) as error:
+        print(f"wavg: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wavg", description="Average the checkpoints of a training run, file to file."
+    )
+    parser.add_argument("--version", action="version", version=f"wavg {wavg.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_average(_command(commands, "average", _average, "average checkpoints into one file", """\
+            wavg average run/model_*.h5 -o average.h5 --weights linear --last 5"""))
+    command = _command(commands, "weights", _weights, "show the weights of a schedule", """\
+            wavg weights exponential:alpha=2 -n 10""")
+    command.add_argument("spec", metavar="SPEC", help="such as linear, exponential:alpha=2, 1,2,3")
+    command.add_argument("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
+    command.add_argument("-n", type=_positive, metavar="N", help="for N checkpoints, one step apart")
+    command.add_argument("--steps", type=_numbers, metavar="A,B,…", help="for checkpoints at these")
+    _add_json(command)
+    command = _command(commands, "inspect", _inspect, "show what a checkpoint holds", """\
+            wavg inspect model.safetensors""")
+    command.add_argument("path", metavar="PATH")
+    _add_opaque(command)
+    _add_json(command)
+    command = _command(commands, "demo", _demo, "the whole story on a real training run", """\
+            wavg demo wavg-demo""")
+    command.add_argument(
+        "folder", metavar="FOLDER", nargs="?", default="wavg-demo",
+        help="where its checkpoints and picture go (default: %(default)s)",
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example: {example.strip()}",
+    )
+    command.set_defaults(run=run, command=command)
+    return command
+
+
+def _add_average(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
+    add("-o", "--output", required=True, metavar="OUTPUT", help="the file to write")
+    add("--weights", default="equal", metavar="SPEC",
+        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: %(default)s)")
+    add("--last", type=_positive, metavar="N", help="only the newest N")
+    add("--steps", type=_numbers, metavar="A,B,…", help="the checkpoints' steps (default: by name)")
+    add("--order", choices=("natural", "given"), default="natural",
+        help="sort inputs (model_9 before model_10) or keep them as given (default: %(default)s)")
+    add("--include", action="append", default=[], metavar="GLOB", help="average only these tensors")
+    add("--exclude", action="append", default=[], metavar="GLOB",
+        help="take these tensors from the newest checkpoint")
+    floats = [entry.name for entry in DTYPES if entry.kind == "float"]
+    add("--dtype", choices=floats, metavar="D", help="write averaged tensors in this format: "
+        + ", ".join(floats[:4]) + " …")
+    add("--optimizer", choices=("carry", "drop"), default="carry",
+        help="what becomes of the newest checkpoint's optimizer state (default: %(default)s)")
+    add("--integers", choices=("reference", "error"), default="reference",
+        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)")
+    add("--allow-nonfinite", action="store_true", help="let NaN and infinities through")
+    _add_opaque(command)
+    add("--dry-run", action="store_true", help="print the plan, read no tensor, write nothing")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--max-memory", type=_size, default=64 * MIB, metavar="SIZE",
+        help="memory beyond the interpreter (default: 64MiB)")
+    add("--workers", type=_positive, metavar="N", help="threads (default: the cores available)")
+    _add_json(command)
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_opaque(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--opaque-dtype", choices=("bfloat16",), help="what unnamed two-byte values of a .h5 are"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _size(text: str) -> int:
+    return parse_size(text)
+
+
+for _type, _name in ((_positive, "positive whole number"), (_numbers, "list of numbers"),
+                     (_size, "size")):
+    _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
+
+
+def _average(options: argparse.Namespace) -> None:
+    chosen = {
+        name: getattr(options, name)
+        for name in ("weights", "last", "steps", "dtype", "include", "exclude", "optimizer",
+                     "integers", "allow_nonfinite", "opaque_dtype", "max_memory", "workers")
+    }
+    chosen["sort"] = options.order == "natural"
+    report: Report | None = None
+    if options.dry_run:
+        plan = plan_average(options.inputs, options.output, **chosen)
+    else:
+        report = average_checkpoints(
+            options.inputs, options.output, overwrite=options.overwrite,
+            progress=not (options.quiet or options.json), **chosen,
+        )
+        plan = report.plan
+    if options.json:
+        print(json.dumps(_plan_as_json(plan, options.output, report), indent=2))
+    elif not options.quiet:
+        print("\n".join(_plan_as_text(plan, options.output, report)))
+
+
+def _plan_as_json(plan: Plan, output: str, report: Report | None) -> dict[str, Any]:
+    return {
+        "output": output,
+        "written": report is not None,
+        "weights": plan.schedule,
+        "inputs": [
+            {"path": part.path, "step": part.step, "weight": part.proportion}
+            for part in plan.inputs
+        ],
+        "effective_number": plan.figures.effective_number,
+        "mean_age": plan.figures.mean_age,
+        "amplification": plan.figures.amplification,
+        "averaged": [decision.spec.name for decision in plan.averaged],
+        "carried": {decision.spec.name: decision.reason for decision in plan.carried},
+        "differing": list(report.differing) if report else None,
+        "optimizer_tensors": len(plan.others) if plan.keep_others else 0,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "projected_memory": plan.projected_memory,
+        "block": plan.block,
+        "workers": plan.workers,
+    }
+
+
+def _plan_as_text(plan: Plan, output: str, report: Report | None) -> list[str]:
+    verb = "would write" if report is None else "wrote"
+    width = max(len(part.path) for part in plan.inputs)
+    lines = [f"{'inputs, oldest first':<{width}}  {'step':>10}  weight"]
+    lines += [
+        f"{part.path:<{width}}  {part.step:>10g}  {part.proportion:.4f}" for part in plan.inputs
+    ]
+    lines.append(_figures_line(plan.schedule, plan.figures, len(plan.inputs)))
+    averaged = sum(decision.spec.size for decision in plan.averaged)
+    lines.append(f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers")
+    if plan.carried:
+        lines.append(f"carried over from the newest: {_count(len(plan.carried), 'tensor')}")
+        differing = set(report.differing) if report else set()
+        lines += _shorten([
+            f"  {decision.spec.name}: {decision.reason}"
+            + (", and the inputs differ" if decision.spec.name in differing else "")
+            for decision in plan.carried
+        ])
+    if plan.others:
+        what = "carried over" if plan.keep_others else "left out"
+        lines.append(f"optimizer state: {_count(len(plan.others), 'tensor')} {what}")
+    read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
+    lines.append(
+        f"memory: at most {plan.projected_memory / MIB:.0f} MiB of "
+        f"{plan.options.max_memory / MIB:.0f} MiB (blocks of {plan.block:,} numbers, "
+        f"{_count(plan.workers, 'worker')})"
+    )
+    lines.append(f"{verb} {output}: {read} read, {written} written")
+    return lines
+
+
+def _figures_line(text: str, merit: schedules.Figures, count: int) -> str:
+    amplification = f", amplification {merit.amplification:.3g}" * (merit.amplification > 1.0000001)
+    return (
+        f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
+        f"mean age {merit.mean_age:.4g} steps{amplification}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _bytes(number: int) -> str:
+    size = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    if len(lines) <= _SHOWN:
+        return lines
+    return [*lines[: _SHOWN - 1], f"  … and {len(lines) - _SHOWN + 1} more"]
+
+
+def _weights(options: argparse.Namespace) -> None:
+    given = [bool(options.inputs), options.n is not None, options.steps is not None]
+    if sum(given) != 1:
+        options.command.error("say for which checkpoints: one of -n N, --steps A,B,… or INPUT...")
+    if options.inputs:
+        steps: Sequence[float] = read_steps(expand(options.inputs, sort=True))
+    else:
+        steps = options.steps or [float(step) for step in range(1, options.n + 1)]
+    schedule = schedules.resolve(options.spec)
+    merit = schedules.figures(schedule(steps), steps)
+    if options.json:
+        print(json.dumps({
+            "weights": str(schedule),
+            "steps": list(steps),
+            "coefficients": merit.proportions.tolist(),
+            "effective_number": merit.effective_number,
+            "mean_age": merit.mean_age,
+            "amplification": merit.amplification,
+        }, indent=2))
+        return
+    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    largest = max(abs(merit.proportions))
+    print(f"{'step':>10}  weight")
+    for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
+        bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
+        print(f"{step:>10g}  {weight:8.5f}  {bar}")
+    print(_figures_line(str(schedule), merit, len(steps)))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    with open_checkpoint(options.path, opaque_dtype=options.opaque_dtype) as checkpoint:
+        index = checkpoint.index
+    if options.json:
+        print(json.dumps({
+            "path": index.path,
+            "format": index.format,
+            "bytes": sum(identity.size for identity in index.files),
+            "metadata": dict(index.metadata),
+            **{
+                key: [{"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
+                      for s in specs]
+                for key, specs in (("tensors", index.tensors), ("optimizer", index.others))
+            },
+        }, indent=2))
+        return
+    total = sum(identity.size for identity in index.files)
+    numbers = sum(spec.size for spec in index.tensors)
+    print(f"{index.path}: {index.format}, {_bytes(total)}")
+    for key, value in index.metadata.items():
+        print(f"  {key}: {value if len(value) <= 60 else f'{value[:57]}…'}")
+    for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
+        if not specs:
+            continue
+        print(f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else ""))
+        width = max(len(spec.name) for spec in specs)
+        for spec in specs:
+            shape = " × ".join(map(str, spec.shape)) or "scalar"
+            print(f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {_bytes(spec.nbytes):>12}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from wavg import demo
+
+    result = demo.run(options.folder)
+    print(demo.story(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
