@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.dtypes import DType, lookup
-from wavg.errors import CheckpointChangedError, CheckpointFormatError
+from wavg.errors import CheckpointChangedError, CheckpointFormatError, WavgError
 
 __all__ = [
     "BlockReader",
@@ -73,6 +73,14 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the payload."""
         return (self.size * self.entry.bits + 7) // 8
+
+    def empty(self) -> Array:
+        """Return a new flat array for the tensor's elements."""
+        if self.entry.bits % 8:
+            raise WavgError(
+                f"{self.name} is {self.dtype}, which no array can hold", tensor=self.name
+            )
+        return np.empty(self.size, self.entry.numpy)
 
     def array(self, flat: Array) -> Array:
         """Give a flat array, in storage order, the tensor's shape."""
@@ -142,7 +150,7 @@ class LazyTensor:
 
     def read(self) -> Array:
         """Return the tensor as a new array."""
-        flat = np.empty(self.spec.size, self.dtype)
+        flat = self.spec.empty()
         self._checkpoint.read(self.spec, 0, flat)
         return self.spec.array(flat)
 

@@ -20,7 +20,7 @@ from wavg import stream
 from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, Template, TensorSpec
 from wavg.dtypes import dtype_of
-from wavg.errors import CheckpointFormatError, OutputError, WeightError
+from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, load_module, open_file
 from wavg.inputs import PathLike, expand, read_steps
 from wavg.plan import Options, Plan, make_plan, parse_size
@@ -434,15 +434,7 @@ class _MemorySink:
 
     def __init__(self, plan: Plan) -> None:
         self._outputs = {decision.spec.name: decision.output for decision in plan.decisions}
-        for spec in self._outputs.values():
-            if spec.entry.bits % 8:
-                raise CheckpointFormatError(
-                    f"{spec.name} is {spec.dtype}, which no array can hold; write to a file",
-                    tensor=spec.name,
-                )
-        self._flat = {
-            name: np.empty(spec.size, spec.entry.numpy) for name, spec in self._outputs.items()
-        }
+        self._flat = {name: spec.empty() for name, spec in self._outputs.items()}
 
     def wants(self, name: str) -> bool:
         return True

@@ -28,14 +28,14 @@ class Format(NamedTuple):
 
     name: str
     suffixes: tuple[str, ...]
-    magic: bytes
+    magic: tuple[bytes, ...]
     module: str
 
 
 FORMATS = (
-    Format("keras-h5", (".h5", ".hdf5"), b"\x89HDF\r\n\x1a\n", "wavg.formats.keras_h5"),
-    Format("safetensors", (".safetensors",), b"", "wavg.formats.safetensors"),
-    Format("npz", (".npz",), b"PK\x03\x04", "wavg.formats.npz"),
+    Format("keras-h5", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), "wavg.formats.keras_h5"),
+    Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
+    Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
 
 # Known by name, and not read by this version: said plainly, rather than "unknown".
@@ -98,7 +98,7 @@ def _recognised(path: str) -> str | None:
 def _detect(path: str) -> Format:
     with open(path, "rb") as file:
         start = file.read(64)
-    by_magic = [row for row in FORMATS if row.magic and start.startswith(row.magic)]
+    by_magic = [row for row in FORMATS if start.startswith(row.magic)]
     if by_magic and not (by_magic[0].name == "npz" and _recognised(path)):
         return by_magic[0]
     if start[8:9] == b"{":

@@ -220,6 +220,7 @@ def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) 
         if not weight:
             layer, weight = _TOP_LEVEL, spec.name
         stored[spec.name] = f"{layer}/{weight}"
+        _check_name(path, stored[spec.name])
         layers.setdefault(layer, []).append(weight)
     top = layers.pop(_TOP_LEVEL, [])
     with _open(path, "w") as file:
@@ -227,10 +228,8 @@ def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) 
             file.attrs[key] = value
         _write_names(file, "layer_names", list(layers))
         for layer, names in [*layers.items(), (_TOP_LEVEL, top)]:
-            _check_name(path, layer)
             _write_names(file.require_group(layer), "weight_names", names)
         for spec in specs:
-            _check_name(path, stored[spec.name])
             _mark(_empty_dataset(path, file, stored[spec.name], spec), spec)
         natural = [f"{layer}/{name}" for layer, names in layers.items() for name in names]
         natural += [f"{_TOP_LEVEL}/{name}" for name in top]

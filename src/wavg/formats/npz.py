@@ -128,9 +128,9 @@ def _dtype(path: str, name: str, descr: Any, opaque_dtype: str | None) -> str:
             raise _bad(path, name, f"has the dtype {descr!r}") from None
         if unsigned in (f"<u{entry.itemsize}", f"|u{entry.itemsize}"):
             return entry.name
-    if descr == "|V2" and opaque_dtype == "bfloat16":
+    if descr in ("|V2", "<V2") and opaque_dtype == "bfloat16":
         return opaque_dtype
-    if descr == "|V2":
+    if descr in ("|V2", "<V2"):
         raise _bad(
             path,
             name,

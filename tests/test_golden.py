@@ -1,0 +1,224 @@
+"""Real Keras files, kept in golden/: read, averaged and patched, with no framework installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import reference
+
+import wavg
+from wavg.weights import resolve
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = [
+    f"{framework}_{family}"
+    for framework in ("keras3", "tf_keras")
+    for family in ("mlp", "cnn", "lstm", "normalization", "nested", "weights")
+    if (framework, family) != ("keras3", "weights")  # it writes bare weights as .weights.h5 only
+]
+SCHEDULES = ["equal", "linear", "exponential:alpha=2"]
+HIDDEN = ["hidden/{}kernel{}", "hidden/{}bias{}", "classes/{}kernel{}", "classes/{}bias{}"]
+
+
+def epochs(family):
+    paths = sorted(GOLDEN.glob(f"{family}_*.h5"))
+    assert len(paths) >= 2
+    return paths
+
+
+def stored_weights(path):
+    """What get_weights() returned when the file was saved."""
+    with np.load(path.with_suffix(".npz")) as arrays:
+        return [arrays[f"arr_{i}"] for i in range(len(arrays))]
+
+
+def fingerprints(arrays):
+    return [(array.dtype.name, array.shape, array.tobytes()) for array in arrays]
+
+
+def expected_average(paths, weights, dtype=None):
+    """Each tensor's exact mean, by name; an integer is the newest's."""
+    models = [wavg.load(path) for path in paths]
+    coefficients = resolve(weights)(np.arange(1.0, len(paths) + 1))
+    return {
+        name: reference.average(coefficients, np.stack([model[name] for model in models]), dtype)
+        if newest.dtype.kind == "f" else newest
+        for name, newest in models[-1].items()
+    }
+
+
+def differing(ours, right):
+    """The names at which two models differ in any bit, or which only one of them has."""
+    return [
+        name for name in {**ours, **right}
+        if name not in ours or name not in right or not reference.same_bytes(ours[name], right[name])
+    ]
+
+
+def changed_outside(before, after, extents):
+    """Positions of bytes that changed although no extent covers them."""
+    assert len(before) == len(after)
+    changed = np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8)
+    for _, offset, length in extents:
+        changed[offset : offset + length] = False
+    return np.flatnonzero(changed).tolist()
+
+
+def structure(path, *, dtypes=True):
+    """Every group, dataset and attribute of an HDF5 file but those of the optimizer's state."""
+    found = {}
+
+    def note(name, item):
+        if name.split("/")[0] == "optimizer_weights":
+            return
+        found[name] = item.shape if isinstance(item, h5py.Dataset) else "group"
+        if dtypes and isinstance(item, h5py.Dataset):
+            found[name, "dtype"] = item.dtype.str
+        for key, value in item.attrs.items():
+            found[name, "attribute", key] = (item.attrs.get_id(key).dtype, np.array(value).tolist())
+
+    with h5py.File(path) as file:
+        note("", file)
+        file.visititems(note)
+    return found
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_every_golden_file_belongs_to_a_family():
+    known = {path.name for family in FAMILIES for path in epochs(family)}
+    assert {path.name for path in GOLDEN.glob("*.h5")} == known
+    assert all(path.stat().st_size < 60_000 for path in GOLDEN.glob("*.h5"))
+
+
+def test_load_equals_get_weights(family):
+    for path in epochs(family):
+        ours, right = fingerprints(wavg.load(path).values()), fingerprints(stored_weights(path))
+        if family.endswith("nested"):
+            # The file lists an inner model's trainable arrays before its others, get_weights() not.
+            ours, right = sorted(ours), sorted(right)
+        assert ours == right
+
+
+def test_epochs_differ_from_one_another(family):
+    paths = epochs(family)
+    for older, newer in zip(paths, paths[1:], strict=False):
+        assert len(differing(wavg.load(older), wavg.load(newer))) >= 4
+
+
+@pytest.mark.parametrize(
+    ("path", "inner", "ending"),
+    [("keras3_mlp_1.h5", "sequential/{}/", ""), ("tf_keras_mlp_1.h5", "{}/", ":0"),
+     ("tf_keras_weights_1.h5", "{}/", ":0")],
+)
+def test_names_are_layer_and_weight_name(path, inner, ending):
+    names = [name.format(inner.format(name.split("/")[0]), ending) for name in HIDDEN]
+    assert list(wavg.load(GOLDEN / path)) == names
+
+
+@pytest.mark.parametrize("framework", ["keras3", "tf_keras"])
+def test_names_that_repeat_in_two_inner_models_stay_apart(framework):
+    tensors = wavg.load(GOLDEN / f"{framework}_nested_1.h5")
+    left = [name for name in tensors if name.startswith("left/")]
+    right = [name for name in tensors if name.startswith("right/")]
+    assert (len(left), len(right), len(tensors)) == (12, 12, 26)
+
+
+@pytest.mark.parametrize("weights", SCHEDULES)
+def test_arrays_are_the_exact_average(family, weights):
+    paths = epochs(family)
+    ours = wavg.average_checkpoints(paths, weights=weights)
+    assert differing(ours, expected_average(paths, weights)) == []
+    assert list(ours) == list(wavg.load(paths[-1]))
+
+
+@pytest.mark.parametrize("weights", SCHEDULES)
+def test_file_is_the_newest_with_only_the_averaged_bytes_replaced(family, weights, tmp_path):
+    paths, output = epochs(family), tmp_path / "average.h5"
+    report = wavg.average_checkpoints(paths, output, weights=weights)
+    assert differing(wavg.load(output), expected_average(paths, weights)) == []
+    averaged = {decision.spec.name for decision in report.plan.averaged}
+    with wavg.open_checkpoint(paths[-1]) as newest, wavg.open_checkpoint(output) as written:
+        assert newest.index.tensors == written.index.tensors  # extents included
+        assert newest.index.others == written.index.others
+        extents = [spec.extent for spec in newest.index.tensors if spec.name in averaged]
+    before, after = paths[-1].read_bytes(), output.read_bytes()
+    assert before != after
+    assert changed_outside(before, after, extents) == []
+
+
+def test_an_integer_count_is_the_newest_and_is_reported(tmp_path):
+    for framework in ("keras3", "tf_keras"):
+        paths = epochs(f"{framework}_normalization")
+        report = wavg.average_checkpoints(paths, tmp_path / f"{framework}.h5")
+        (count,) = [decision.spec.name for decision in report.plan.carried]
+        assert "count" in count
+        assert report.differing == (count,)
+        with pytest.raises(wavg.StructureMismatchError, match="count"):
+            wavg.average_checkpoints(paths, integers="error")
+
+
+@pytest.mark.parametrize("weights", SCHEDULES)
+def test_dropping_the_optimizer_leaves_all_else(family, weights, tmp_path):
+    paths, output = epochs(family), tmp_path / "average.h5"
+    wavg.average_checkpoints(paths, output, weights=weights, optimizer="drop")
+    assert differing(wavg.load(output), expected_average(paths, weights)) == []
+    assert structure(output) == structure(paths[-1])
+    with h5py.File(output) as file, h5py.File(paths[-1]) as newest:
+        assert "optimizer_weights" not in file
+        if not family.endswith(("weights", "nested")):  # these were saved without an optimizer
+            assert "optimizer_weights" in newest
+            assert file.attrs["training_config"] == newest.attrs["training_config"]
+        if not family.endswith("weights"):
+            assert file.attrs["model_config"] == newest.attrs["model_config"]
+
+
+@pytest.mark.parametrize("optimizer", ["carry", "drop"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_another_dtype_is_rounded_to_once_and_keeps_the_layout(family, dtype, optimizer, tmp_path):
+    paths, output = epochs(family), tmp_path / "average.h5"
+    wavg.average_checkpoints(
+        paths, output, weights="exponential:alpha=2", dtype=dtype, optimizer=optimizer
+    )
+    ours = wavg.load(output)
+    assert differing(ours, expected_average(paths, "exponential:alpha=2", dtype)) == []
+    assert {array.dtype.name for array in ours.values() if array.dtype.kind == "f"} == {dtype}
+    assert structure(output, dtypes=False) == structure(paths[-1], dtypes=False)
+    with wavg.open_checkpoint(output) as written, wavg.open_checkpoint(paths[-1]) as newest:
+        kept = newest.index.others if optimizer == "carry" else ()
+        assert [spec._replace(extent=None) for spec in written.index.others] == [
+            spec._replace(extent=None) for spec in kept
+        ]
+        for ours, theirs in zip(written.index.others, kept, strict=True):
+            assert written.read_raw(ours.extent) == newest.read_raw(theirs.extent)
+
+
+def test_helpers_see_planted_errors(tmp_path):
+    path = GOLDEN / "tf_keras_mlp_3.h5"
+    tensors = wavg.load(path)
+    planted = {name: array.copy() for name, array in tensors.items()}
+    planted["classes/classes/bias:0"][1] = np.nextafter(planted["classes/classes/bias:0"][1], 9)
+    assert differing(planted, tensors) == ["classes/classes/bias:0"]
+    assert differing({}, tensors) == list(tensors)
+    assert fingerprints(planted.values()) != fingerprints(tensors.values())
+
+    data = path.read_bytes()
+    with wavg.open_checkpoint(path) as checkpoint:
+        extents = [spec.extent for spec in checkpoint.index.tensors]
+    _, offset, length = extents[0]
+    for position, seen in [(offset - 1, True), (offset, False), (offset + length - 1, False)]:
+        other = bytearray(data)
+        other[position] ^= 1
+        assert changed_outside(data, bytes(other), extents) == [position] * seen
+
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(data)
+    with h5py.File(copy, "a") as file:
+        file["model_weights/hidden"].attrs["extra"] = 1
+    assert structure(copy) != structure(path)
