@@ -117,6 +117,8 @@ class Index:
         Tensors stored beside the model: optimizer slots. Never averaged.
     metadata
         Texts the file carries about itself.
+    signature
+        Where two files' signatures are equal and not empty, so are their `tensors`.
     """
 
     format: str
@@ -124,6 +126,7 @@ class Index:
     tensors: tuple[TensorSpec, ...]
     others: tuple[TensorSpec, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    signature: bytes = b""
 
     @property
     def path(self) -> str:
@@ -173,7 +176,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def __init__(self, index: Index, block_reader: BlockReader | None = None) -> None:
         self.index = index
         self._block_reader = block_reader
-        self._specs = {spec.name: spec for spec in index.tensors}
+        self._by_name: dict[str, TensorSpec] | None = None
         self._descriptors: list[int] = []
         try:
             for identity in index.files:
@@ -194,13 +197,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
         return self.index.metadata
 
     def __getitem__(self, name: str) -> LazyTensor:
-        return LazyTensor(self, self._specs[name])
+        return LazyTensor(self, self.spec(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
+        return (spec.name for spec in self.index.tensors)
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self.index.tensors)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -222,7 +225,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def spec(self, name: str) -> TensorSpec:
         """Return the specification of a tensor."""
-        return self._specs[name]
+        if self._by_name is None:
+            self._by_name = {spec.name: spec for spec in self.index.tensors}
+        return self._by_name[name]
 
     def read(self, spec: TensorSpec, start: int, out: Array) -> None:
         """Fill `out`, flat and contiguous, with elements from position `start`, in storage order.

@@ -168,8 +168,8 @@ def average_checkpoints(
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
-    paths, all_steps = _select(inputs, steps, last, sort)
     target = None if output is None else os.fspath(output)
+    paths, all_steps = _select(inputs, steps, last, sort, target)
     if target is not None:
         format_of_output(target)
         refuse_existing(target, overwrite)
@@ -224,8 +224,8 @@ def plan_average(
         workers=workers if workers is not None else _available_cores(),
         **{key: tuple(v) if key in ("include", "exclude") else v for key, v in options.items()},
     )
-    paths, all_steps = _select(inputs, steps, last, sort)
     target = None if output is None else os.fspath(output)
+    paths, all_steps = _select(inputs, steps, last, sort, target)
     if target is not None:
         format_of_output(target)
     with _opened(paths, opaque_dtype) as checkpoints:
@@ -354,9 +354,10 @@ def _select(
     steps: Sequence[float] | None,
     last: int | None,
     sort: bool,
+    output: str | None,
 ) -> tuple[list[str], tuple[float, ...]]:
     """Return the paths to average and their steps, oldest first."""
-    paths = expand(inputs, sort=sort)
+    paths = expand(inputs, sort=sort, output=output)
     if steps is not None and len(steps) != len(paths):
         raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
     numbers = read_steps(paths) if steps is None else tuple(map(float, steps))
@@ -374,9 +375,12 @@ def _select(
 @contextlib.contextmanager
 def _opened(paths: Sequence[str], opaque_dtype: str | None) -> Iterator[list[Checkpoint]]:
     with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(open_checkpoint(path, opaque_dtype=opaque_dtype)) for path in paths
-        ]
+        checkpoints: list[Checkpoint] = []
+        for path in paths:
+            like = checkpoints[-1].index if checkpoints else None
+            opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
+            checkpoints.append(stack.enter_context(opened))
+        yield checkpoints
 
 
 def _plan(

@@ -32,11 +32,13 @@ def natural_key(path: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def expand(inputs: PathLike | Iterable[PathLike], *, sort: bool = False) -> list[str]:
+def expand(
+    inputs: PathLike | Iterable[PathLike], *, sort: bool = False, output: str | None = None
+) -> list[str]:
     """Return the paths of the checkpoints, oldest first.
 
     A glob or a folder is sorted naturally; a list stays as given, unless `sort`. In a folder, the
-    files named like checkpoints count; they must be of one kind.
+    files named like checkpoints count, but for the `output`; they must be of one kind.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def expand(inputs: PathLike | Iterable[PathLike], *, sort: bool = False) -> list
         The same file twice, or a folder with checkpoints of several kinds.
     """
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    paths = [path for name in given for path in _expand_one(os.fspath(name))]
+    paths = [path for name in given for path in _expand_one(os.fspath(name), output)]
     if not paths:
         raise WeightError("there is nothing to average: no checkpoint was given")
     if sort:
@@ -60,10 +62,12 @@ def expand(inputs: PathLike | Iterable[PathLike], *, sort: bool = False) -> list
     return paths
 
 
-def _expand_one(name: str) -> list[str]:
+def _expand_one(name: str, output: str | None) -> list[str]:
     if os.path.isdir(name):
         files = [os.path.join(name, entry) for entry in os.listdir(name)]
         files = [path for path in files if is_checkpoint_name(path) and os.path.isfile(path)]
+        if output is not None:  # what an earlier run wrote there is no checkpoint of the training
+            files = [path for path in files if os.path.realpath(path) != os.path.realpath(output)]
         if not files:
             raise FileNotFoundError(f"there is no checkpoint in the folder {name}")
         kinds = {os.path.splitext(path)[1] for path in files}

@@ -237,9 +237,12 @@ def make_plan(
 def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
     """Match tensors by name; list every difference of the inputs to the reference."""
     reference = indexes[-1]
-    tables = [{spec.name: spec for spec in index.tensors} for index in indexes]
+    by_name = {id(i.tensors): {spec.name: spec for spec in i.tensors} for i in indexes}
+    tables = [by_name[id(index.tensors)] for index in indexes]
     differences: list[str] = []
     for index, table in zip(indexes[:-1], tables[:-1], strict=True):
+        if table is tables[-1]:
+            continue
         if index.format != reference.format:
             differences.append(f"{index.path}: {index.format}, not {reference.format}")
             continue
@@ -275,7 +278,8 @@ def _decide(spec: TensorSpec, sources: tuple[TensorSpec, ...], options: Options)
     if not spec.entry.averaged:
         return Decision(spec, sources, "carry", f"{spec.dtype} is not averaged", spec, True)
     dtype = options.dtype if options.dtype and spec.entry.kind == "float" else spec.dtype
-    return Decision(spec, sources, "average", "", spec._replace(dtype=dtype))
+    output = spec if dtype == spec.dtype else spec._replace(dtype=dtype)
+    return Decision(spec, sources, "average", "", output)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -324,9 +328,9 @@ def _fit(
     itemsize = max(decision.spec.entry.bits for decision in decisions) // 8 or 1
     out = max(decision.output.entry.bits for decision in decisions) // 8 or 1
     row_bytes = len(indexes) * itemsize + out
-    fixed = _BASE_BYTES + sum(
-        _SPEC_BYTES * (len(index.tensors) + len(index.others)) for index in indexes
-    )
+    distinct = {id(index.tensors): len(index.tensors) for index in indexes}
+    others = sum(len(index.others) for index in indexes)
+    fixed = _BASE_BYTES + _SPEC_BYTES * (sum(distinct.values()) + others)
     if any(index.format == "keras-h5" for index in indexes):
         fixed += _HDF5_BYTES
     largest = max(decision.spec.size for decision in decisions)

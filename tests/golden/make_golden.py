@@ -108,8 +108,9 @@ def make(keras, prefix, family, folder):
         else:
             # The slots of inner models with equal names collide in tf_keras: saved without.
             model.save(str(path), include_optimizer=family != "nested")
-        np.savez(path.with_suffix(".npz"), *model.get_weights())
-        print(f"{path.name}: {path.stat().st_size / 1000:.1f} kB, {len(model.get_weights())} arrays")
+        arrays = model.get_weights()
+        np.savez(path.with_suffix(".npz"), *arrays)
+        print(f"{path.name}: {path.stat().st_size / 1000:.1f} kB, {len(arrays)} arrays")
 
 
 def main():

@@ -2,7 +2,8 @@
 
 A format is a short module with three functions:
 
-- ``read_index(path, *, opaque_dtype)`` → `Index`: what is in a file. Trusts nothing it reads.
+- ``read_index(path, *, opaque_dtype, like)`` → `Index`: what is in a file. Trusts nothing it reads.
+  `like` is the index of a checkpoint of the same run; what is the same need not be parsed again.
 - ``patch(reference, specs, keep_others, path)`` → `Template`: an output that is the reference file
   with the numbers of `specs` replaced; every other byte as it was wherever the layout allows.
 - ``create(specs, metadata, path)`` → `Template`: a new file that holds just these tensors.
@@ -13,6 +14,7 @@ The last two may write a skeleton to `path` and say where its payloads lie. A mo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from typing import Any, NamedTuple
@@ -56,8 +58,13 @@ def load_module(name: str) -> Any:
     return importlib.import_module(next(row.module for row in FORMATS if row.name == name))
 
 
-def open_file(path: str, *, opaque_dtype: str | None = None) -> Checkpoint:
+def open_file(
+    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
+) -> Checkpoint:
     """Open a checkpoint file, whatever its format; its first bytes tell which.
+
+    The checkpoints of one run mostly have the same layout: an index equal to `like` shares its
+    list of tensors, so that a thousand checkpoints take the memory of one.
 
     Raises
     ------
@@ -68,7 +75,9 @@ def open_file(path: str, *, opaque_dtype: str | None = None) -> Checkpoint:
     """
     identify(path)  # refuses pipes and devices before they are opened
     module = load_module(_detect(path).name)
-    index: Index = module.read_index(path, opaque_dtype=opaque_dtype)
+    index: Index = module.read_index(path, opaque_dtype=opaque_dtype, like=like)
+    if like is not None and index.tensors == like.tensors:
+        index = dataclasses.replace(index, tensors=like.tensors)
     make_reader = getattr(module, "block_reader", None)
     needs_reader = any(spec.extent is None for spec in index.tensors)
     return Checkpoint(index, make_reader(index) if make_reader and needs_reader else None)

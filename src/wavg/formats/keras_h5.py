@@ -28,9 +28,12 @@ _MODEL, _TOP_LEVEL, _OPTIMIZER = "model_weights", "top_level_model_weights", "op
 _NAMES = "wavg_names"  # the tensors' names and order, where the layout itself cannot say them
 _ATTRIBUTE_LIMIT = 64512  # an object header's; longer lists are split into name0, name1, …
 _DEEPEST = 32
+_METADATA_CACHE = 1 << 20
 
 
-def read_index(path: str, *, opaque_dtype: str | None = None) -> Index:
+def read_index(
+    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
+) -> Index:
     """Walk the layers' lists of names and find where each dataset's bytes lie."""
     identity = identify(path)
     with _open(path) as file:
@@ -63,6 +66,10 @@ def _open(path: str, mode: str = "r") -> Iterator[Any]:
     # No HDF5 locks: a child process started meanwhile would inherit them.
     try:
         with h5py.File(path, mode, locking=False) as file:
+            config = file.id.get_mdc_config()  # by default the cache of metadata may take 32 MiB
+            config.initial_size = config.min_size = config.max_size = _METADATA_CACHE
+            config.set_initial_size = True
+            file.id.set_mdc_config(config)
             yield file
     except WavgError:
         raise

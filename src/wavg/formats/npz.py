@@ -29,7 +29,9 @@ _COPY_BYTES = 1 << 20
 _LOCAL = b"PK\x03\x04"
 
 
-def read_index(path: str, *, opaque_dtype: str | None = None) -> Index:
+def read_index(
+    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
+) -> Index:
     """Read the members' headers, and check the members' checksums, which costs one reading."""
     identity = identify(path)
     specs: list[TensorSpec] = []

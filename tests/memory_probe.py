@@ -1,0 +1,33 @@
+"""Run one average in a fresh process; print its peak beyond ``import wavg``, and what was promised.
+
+Usage: memory_probe.py GLOB OUTPUT WEIGHTS MAX_MEMORY
+"""
+
+import json
+import os
+import sys
+
+import wavg
+
+
+def status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+inputs, output, weights, max_memory = sys.argv[1:]
+before = status("VmRSS")
+report = wavg.average_checkpoints(
+    inputs, output, weights=weights, max_memory=max_memory, overwrite=True
+)
+print(
+    json.dumps(
+        {
+            "measured": status("VmHWM") - before,
+            "projected": report.plan.projected_memory,
+            "allowed": report.plan.options.max_memory,
+            "bytes_read": report.plan.bytes_read,
+        }
+    )
+)
+os._exit(0)

@@ -1,0 +1,621 @@
+"""The command line: what it prints where, what it writes, and how it exits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import wavg
+from wavg import cli, demo
+
+STEPS = (1, 2, 9, 10)
+FILES = [f"m_{step}.safetensors" for step in STEPS]
+SHELL_ORDER = ["m_1.safetensors", "m_10.safetensors", "m_2.safetensors", "m_9.safetensors"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Four checkpoints in the current folder; call it with arguments for (exit, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    for step, name in zip(STEPS, FILES, strict=True):
+        tensors = {"w": np.float32([step, 1]), "b/c": np.full((2, 3), step, "f4"), "n": step}
+        wavg.save(name, tensors, metadata={"step": str(step)})
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's way out
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def assert_fails(outcome, message, code=1):
+    """One line on standard error that says why, nothing on standard output, no traceback."""
+    found, out, err = outcome
+    assert (found, out) == (code, "")
+    lines = err.splitlines()
+    if code == 1:
+        assert len(lines) == 1
+        assert lines[0].startswith("wavg: ")
+    else:
+        assert lines[0].startswith("usage: wavg")
+    assert re.search(message, lines[-1])
+    assert "Traceback" not in err
+
+
+def values(path):
+    return {name: array.tolist() for name, array in wavg.load(path).items()}
+
+
+# wavg average
+
+
+def test_average_writes_the_file_and_tells_what_it_did(run):
+    code, out, err = run("average", *FILES, "-o", "a.safetensors", "--weights", "linear")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in out.splitlines()[1:5]] == [
+        ["m_1.safetensors", "1", "0.1000"],
+        ["m_2.safetensors", "2", "0.2000"],
+        ["m_9.safetensors", "9", "0.3000"],
+        ["m_10.safetensors", "10", "0.4000"],
+    ]
+    assert "weights linear: effective number 3.33 of 4, mean age 2.8 steps" in out
+    assert "averaged: 2 tensors, 8 numbers" in out
+    assert "carried over from the newest: 1 tensor" in out
+    assert "n: int64 is not averaged, and the inputs differ" in out
+    assert "wrote a.safetensors" in out.splitlines()[-1]
+    mean = np.float32(7.2)
+    assert values("a.safetensors") == {"w": [mean, 1], "b/c": [[mean] * 3] * 2, "n": 10}
+
+
+def test_negative_weights_show_their_amplification(run):
+    _, out, _ = run("average", *FILES[:2], "-o", "a.npz", "--weights=-1,2")
+    assert "amplification 3" in out
+    assert values("a.npz")["w"] == [3, 1]
+
+
+JSON_KEYS = {
+    "output", "written", "weights", "inputs", "effective_number", "mean_age", "amplification",
+    "averaged", "carried", "differing", "optimizer_tensors", "bytes_read", "bytes_written",
+    "projected_memory", "block", "workers",
+}  # fmt: skip
+
+
+def test_average_json_is_one_object_for_scripts(run):
+    code, out, err = run("average", *FILES[:2], "-o", "a.npz", "--json", "--weights", "linear")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told.keys() == JSON_KEYS
+    assert told["output"] == "a.npz"
+    assert told["written"] is True
+    assert told["weights"] == "linear"
+    assert told["inputs"] == [
+        {"path": "m_1.safetensors", "step": 1, "weight": pytest.approx(1 / 3)},
+        {"path": "m_2.safetensors", "step": 2, "weight": pytest.approx(2 / 3)},
+    ]
+    assert told["effective_number"] == pytest.approx(1.8)
+    assert told["mean_age"] == pytest.approx(1 / 3)
+    assert told["amplification"] == pytest.approx(1)
+    assert told["averaged"] == ["w", "b/c"]
+    assert told["carried"] == {"n": "int64 is not averaged"}
+    assert told["differing"] == ["n"]
+    assert told["optimizer_tensors"] == 0
+    assert told["bytes_read"] == 2 * (8 + 24 + 8)
+    assert told["bytes_written"] == 8 + 24 + 8
+
+
+def test_quiet_prints_nothing(run):
+    assert run("average", *FILES, "-o", "a.npz", "--quiet") == (0, "", "")
+    assert os.path.exists("a.npz")
+
+
+def test_quiet_still_tells_errors(run):
+    assert_fails(run("average", *FILES, "-o", FILES[0], "--quiet"), "exists")
+
+
+def test_a_dry_run_writes_nothing(run):
+    before = {name: os.stat(name).st_mtime_ns for name in sorted(os.listdir())}
+    code, out, err = run("average", *FILES, "-o", "a.npz", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "would write a.npz" in out
+    assert "wrote" not in out
+    assert {name: os.stat(name).st_mtime_ns for name in sorted(os.listdir())} == before
+
+
+def test_a_dry_run_tells_the_same_plan_as_the_run(run):
+    told = []
+    for option in ("--dry-run", "--json"):
+        _, out, _ = run("average", *FILES, "-o", "a.npz", "--json", option)
+        told.append(json.loads(out))
+    assert told[0].pop("written") is False
+    assert told[1].pop("written") is True
+    assert told[0].pop("differing") is None
+    assert told[1].pop("differing") == ["n"]
+    assert told[0] == told[1]
+
+
+def test_an_existing_output_is_refused_and_left_as_it_is(run):
+    with open("a.safetensors", "wb") as file:
+        file.write(b"precious")
+    outcome = run("average", *FILES, "-o", "a.safetensors")
+    assert_fails(outcome, r"a\.safetensors exists; .*--overwrite")
+    with open("a.safetensors", "rb") as file:
+        assert file.read() == b"precious"
+
+
+@pytest.mark.parametrize("output", [FILES[0], FILES[-1]])
+def test_overwrite_replaces_the_output_even_where_it_is_an_input(run, output):
+    code, _, _ = run("average", *FILES, "-o", output, "--overwrite")
+    assert code == 0
+    assert values(output)["w"] == [5.5, 1]
+    assert sorted(os.listdir()) == sorted(FILES)
+
+
+def test_inputs_are_put_in_natural_order_whatever_the_shell_made_of_them(run):
+    _, out, _ = run("average", *SHELL_ORDER, "-o", "a.npz", "--json")
+    assert [part["path"] for part in json.loads(out)["inputs"]] == FILES
+    assert values("a.npz")["n"] == 10
+
+
+def test_inputs_stay_as_given_on_request(run):
+    _, out, _ = run("average", *SHELL_ORDER, "-o", "a.npz", "--json", "--order", "given")
+    inputs = json.loads(out)["inputs"]
+    assert [part["path"] for part in inputs] == SHELL_ORDER
+    assert [part["step"] for part in inputs] == [1, 2, 3, 4]  # no increasing series in the names
+    assert values("a.npz")["n"] == 9
+
+
+@pytest.mark.parametrize("given", ["m_*.safetensors", "."])
+def test_a_glob_or_a_folder_is_an_input(run, given):
+    assert run("average", given, "-o", "a.npz", "--quiet")[0] == 0
+    assert values("a.npz")["w"] == [5.5, 1]
+
+
+def test_last_takes_the_newest(run):
+    _, out, _ = run("average", *SHELL_ORDER, "-o", "a.npz", "--last", 2, "--json")
+    assert [part["path"] for part in json.loads(out)["inputs"]] == FILES[2:]
+    assert values("a.npz")["w"] == [9.5, 1]
+
+
+def test_explicit_weights_are_oldest_first(run):
+    code, out, _ = run("average", *SHELL_ORDER, "-o", "a.npz", "--weights", "1,2,3,10", "--json")
+    assert code == 0
+    weights = [part["weight"] for part in json.loads(out)["inputs"]]
+    assert weights == [1 / 16, 2 / 16, 3 / 16, 10 / 16]
+    assert values("a.npz")["w"] == [(1 + 4 + 27 + 100) / 16, 1]
+
+
+def test_steps_may_be_given(run):
+    _, out, _ = run("average", *FILES[:2], "-o", "a.npz", "--steps", "100,300", "--json")
+    told = json.loads(out)
+    assert [part["step"] for part in told["inputs"]] == [100, 300]
+    assert told["mean_age"] == 100
+
+
+def test_tensors_are_chosen_by_globs(run):
+    options = ["--include", "b/*", "--include", "w", "--exclude", "w"]
+    _, out, _ = run("average", *FILES, "-o", "a.npz", "--json", *options)
+    told = json.loads(out)
+    assert told["averaged"] == ["b/c"]
+    assert told["carried"] == {"w": "excluded", "n": "not included"}
+    assert values("a.npz") == {"w": [10, 1], "b/c": [[5.5] * 3] * 2, "n": 10}
+
+
+def test_the_output_dtype_may_be_chosen(run):
+    assert run("average", *FILES, "-o", "a.npz", "--dtype", "float64", "--quiet")[0] == 0
+    dtypes = {name: array.dtype.name for name, array in wavg.load("a.npz").items()}
+    assert dtypes == {"w": "float64", "b/c": "float64", "n": "int64"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "cubic"], "unknown weights 'cubic'; there are equal, linear"),
+        (["--weights", "exponential:alpha=0"], "alpha must be a positive number"),
+        (["--weights", "1,2,3"], "3 weights were given for 4 checkpoints"),
+        (["--weights", "1,1,-1,-1"], "sum to zero"),
+        (["--last", "5"], "last must be between 1 and 4"),
+        (["--steps", "1,2"], "2 steps were given for 4 checkpoints"),
+        (["--steps", "1,2,2,3"], "steps must increase"),
+        (["--exclude", "nothing*"], "the pattern 'nothing\\*' matches no tensor"),
+        (["--exclude", "*"], "there is no tensor to average"),
+        (["--integers", "error"], "n is int64, which is not averaged, and differs"),
+        (["--max-memory", "1kB"], "needs at least .* allow more with .*--max-memory"),
+        (["nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (["*.h5"], r"no file matches \*\.h5"),
+        (["./m_1.safetensors"], "is given twice"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_cannot_be_done_is_told_in_one_line(run, arguments, message, dry):
+    if dry and "error" in arguments:
+        pytest.skip("the values decide, and a dry run reads none")
+    extra = ["--dry-run"] if dry else []
+    outcome = run("average", *FILES, *arguments, "-o", "a.safetensors", *extra)
+    assert_fails(outcome, message)
+    assert sorted(os.listdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("output", ["a.xyz", "a", "a.keras"])
+def test_an_output_of_no_known_format_is_refused(run, output):
+    assert_fails(run("average", *FILES, "-o", output), "cannot tell what format")
+
+
+def test_an_output_in_a_folder_that_does_not_exist_is_refused(run):
+    assert_fails(run("average", *FILES, "-o", "no/a.npz"), "cannot write no/a.npz: No such file")
+
+
+def test_nan_in_an_input_is_told_with_its_place_and_allowed_on_request(run):
+    wavg.save("m_11.safetensors", {**wavg.load(FILES[0]), "w": np.float32([1, np.nan])})
+    arguments = ["average", *FILES, "m_11.safetensors", "-o", "a.npz"]
+    assert_fails(run(*arguments), r"m_11\.safetensors: w\[1\] is nan; .*--allow-nonfinite")
+    assert not os.path.exists("a.npz")
+    assert run(*arguments, "--allow-nonfinite")[0] == 0
+    assert np.isnan(values("a.npz")["w"][1])
+
+
+def test_a_mismatch_lists_its_differences_below(run):
+    wavg.save("m_11.safetensors", {"w": np.float32([1, 2, 3]), "n": 1, "extra": 1.0})
+    code, out, err = run("average", FILES[0], "m_11.safetensors", "-o", "a.npz")
+    assert (code, out) == (1, "")
+    first, *differences = err.splitlines()
+    assert first.startswith("wavg: the inputs do not hold the same tensors")
+    assert [line.strip() for line in differences] == [
+        "m_1.safetensors: w is float32[2], not float32[3]",
+        "m_1.safetensors: lacks extra (float64[])",
+        "m_1.safetensors: has b/c (float32[2, 3]) besides",
+    ]
+
+
+def test_a_damaged_input_is_told_in_one_line(run):
+    with open("m_11.safetensors", "wb") as file:
+        file.write(b"<!doctype html><p>Please log in")
+    assert_fails(
+        run("average", *FILES, "m_11.safetensors", "-o", "a.npz"), "this is a web page"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["median"],
+        ["average"],
+        ["average", *FILES],
+        ["average", "-o", "a.npz"],
+        ["average", *FILES, "-o", "a.npz", "--last", "0"],
+        ["average", *FILES, "-o", "a.npz", "--last", "two"],
+        ["average", *FILES, "-o", "a.npz", "--workers", "0"],
+        ["average", *FILES, "-o", "a.npz", "--steps", "1,two"],
+        ["average", *FILES, "-o", "a.npz", "--max-memory", "lots"],
+        ["average", *FILES, "-o", "a.npz", "--dtype", "int8"],
+        ["average", *FILES, "-o", "a.npz", "--order", "random"],
+        ["average", *FILES, "-o", "a.npz", "--colour"],
+        ["weights", "linear"],
+        ["weights", "linear", "-n", "0"],
+        ["inspect"],
+    ],
+)
+def test_bad_usage_exits_with_two(run, arguments):
+    assert_fails(run(*arguments), r"^wavg.*: error: ", code=2)
+    assert sorted(os.listdir()) == sorted(FILES)
+
+
+def test_the_check_of_failures_sees_planted_ones():
+    good = (1, "", "wavg: why\n")
+    assert_fails(good, "why")
+    for planted in [
+        (0, "", "wavg: why\n"),
+        (1, "partly done\n", "wavg: why\n"),
+        (1, "", "wavg: something else\n"),
+        (1, "", "Traceback (most recent call last):\nValueError: why\n"),
+        (1, "", "why\n"),
+        (2, "", "wavg: why\n"),
+    ]:
+        with pytest.raises(AssertionError):
+            assert_fails(planted, "why")
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version") == (0, f"wavg {wavg.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["average", "weights", "inspect", "demo"])
+def test_help_gives_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"example: wavg {command}" in " ".join(out.split())
+
+
+# wavg weights
+
+
+def chart(out):
+    """The rows of the chart as (step, weight, length of the bar)."""
+    rows = [line.split() for line in out.splitlines()[1:-1]]
+    return [(float(row[0]), float(row[1]), len("".join(row[2:]))) for row in rows]
+
+
+def test_weights_for_n_checkpoints(run):
+    code, out, err = run("weights", "linear", "-n", 4)
+    assert (code, err) == (0, "")
+    assert [row[:2] for row in chart(out)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert out.splitlines()[-1] == (
+        "weights linear: effective number 3.33 of 4, mean age 1 steps"
+    )
+
+
+@pytest.mark.parametrize("spec", ["equal", "linear", "exponential:alpha=3", "5,0,1,-2,9,1,1"])
+def test_bars_are_in_proportion_to_the_weights(run, spec):
+    _, out, _ = run("weights", spec, "-n", 7)
+    rows = chart(out)
+    largest = max(abs(weight) for _, weight, _ in rows)
+    assert len(rows) == 7
+    for _, weight, bar in rows:
+        assert bar == pytest.approx(40 * abs(weight) / largest, abs=0.51)
+
+
+def test_negative_weights_have_bars_of_their_own(run):
+    _, out, _ = run("weights", "2,-1,1", "-n", 3)
+    assert [set(line.split()[2]) == {"-"} for line in out.splitlines()[1:4]] == [False, True, False]
+
+
+def test_weights_for_steps(run):
+    _, out, _ = run("weights", "equal", "--steps", "100,250,1000", "--json")
+    told = json.loads(out)
+    assert told["steps"] == [100, 250, 1000]
+    assert told["mean_age"] == pytest.approx((900 + 750) / 3)
+
+
+@pytest.mark.parametrize("given", [SHELL_ORDER, ["m_*.safetensors"], ["."]])
+def test_weights_for_inputs_take_the_steps_from_their_names(run, given):
+    _, out, _ = run("weights", "linear", *given)
+    assert [row[:2] for row in chart(out)] == [(1, 0.1), (2, 0.2), (9, 0.3), (10, 0.4)]
+
+
+def test_weights_json_is_one_object_for_scripts(run):
+    _, out, _ = run("weights", "exponential", "-n", 3, "--json")
+    told = json.loads(out)
+    assert told.keys() == {
+        "weights", "steps", "coefficients", "effective_number", "mean_age", "amplification",
+    }  # fmt: skip
+    merit = wavg.figures(wavg.exponential()([1, 2, 3]), [1, 2, 3])
+    assert told["weights"] == "exponential:alpha=2"
+    assert told["coefficients"] == merit.proportions.tolist()
+    assert told["effective_number"] == merit.effective_number
+    assert told["mean_age"] == merit.mean_age
+    assert told["amplification"] == merit.amplification
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [[], ["-n", 3, "--steps", "1,2,3"], [*FILES, "-n", 4], [*FILES, "--steps", "1,2,3,4"]],
+)
+def test_weights_need_exactly_one_source(run, sources):
+    assert_fails(run("weights", "linear", *sources), "one of -n N, --steps A,B,… or INPUT", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cubic", "-n", 3], "unknown weights 'cubic'"),
+        (["1,2", "-n", 3], "2 weights were given for 3 checkpoints"),
+        (["1,-1", "-n", 2], "sum to zero"),
+        (["linear", "nowhere.h5"], "there is no file nowhere.h5"),
+    ],
+)
+def test_weights_without_sense_are_told_in_one_line(run, arguments, message):
+    assert_fails(run("weights", *arguments), message)
+
+
+@pytest.mark.xfail(strict=True, reason="average refuses these steps, weights shows a negative age")
+@pytest.mark.parametrize("steps", ["3,2,1", "1,1,2", "1,nan,3", "1,2,inf"])
+def test_steps_that_do_not_increase_are_refused_here_too(run, steps):
+    assert run("weights", "equal", "--steps", steps)[0] in (1, 2)
+
+
+@pytest.mark.xfail(strict=True, reason="a comparison with NaN is no refusal; the age is NaN")
+@pytest.mark.parametrize("steps", ["1,nan,3,4", "1,2,3,inf"])
+def test_steps_that_are_not_finite_are_refused(run, steps):
+    assert run("average", *FILES, "-o", "a.npz", "--steps", steps, "--dry-run")[0] in (1, 2)
+
+
+@pytest.mark.xfail(strict=True, reason="OverflowError leaves main()", raises=OverflowError)
+def test_weights_that_nearly_sum_to_zero_are_shown_or_told_in_one_line(run):
+    assert run("weights", "1e200,-1e200,1e-200", "-n", 3)[0] in (0, 1)
+
+
+@pytest.mark.xfail(strict=True, reason="argparse takes it for an option; --weights=-1,2 works")
+def test_weights_may_begin_with_a_minus(run):
+    code, out, _ = run("weights", "-1,2", "-n", 2)
+    assert (code, [row[1] for row in chart(out)]) == (0, [-1, 2])
+
+
+@pytest.mark.xfail(strict=True, reason="argparse: unrecognized arguments")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["weights", "linear", "--json", *FILES],
+        ["average", FILES[0], "-o", "a.npz", *FILES[1:]],
+        ["average", *FILES[:2], "--last", "3", *FILES[2:], "-o", "a.npz"],
+    ],
+)
+def test_options_may_stand_before_or_between_inputs(run, arguments):
+    assert run(*arguments)[0] == 0
+
+
+# wavg inspect
+
+
+def test_inspect_shows_names_dtypes_shapes_and_metadata(run):
+    code, out, err = run("inspect", FILES[0])
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("m_1.safetensors: safetensors, ")
+    assert lines[1:3] == ["  step: 1", "tensors: 3, 9 numbers"]
+    assert [line.split() for line in lines[3:]] == [
+        ["w", "float32", "2", "8", "bytes"],
+        ["b/c", "float32", "2", "×", "3", "24", "bytes"],
+        ["n", "int64", "scalar", "8", "bytes"],
+    ]
+
+
+def test_inspect_json_is_one_object_for_scripts(run):
+    _, out, _ = run("inspect", FILES[0], "--json")
+    told = json.loads(out)
+    assert told == {
+        "path": FILES[0],
+        "format": "safetensors",
+        "bytes": os.path.getsize(FILES[0]),
+        "metadata": {"step": "1"},
+        "tensors": [
+            {"name": "w", "dtype": "float32", "shape": [2], "bytes": 8},
+            {"name": "b/c", "dtype": "float32", "shape": [2, 3], "bytes": 24},
+            {"name": "n", "dtype": "int64", "shape": [], "bytes": 8},
+        ],
+        "optimizer": [],
+    }
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+def test_inspect_opens_every_format(run, suffix):
+    wavg.save(f"m.{suffix}", {"layer/w": np.ones((2, 3), np.float16)})
+    _, out, _ = run("inspect", f"m.{suffix}", "--json")
+    assert json.loads(out)["tensors"] == [
+        {"name": "layer/w", "dtype": "float16", "shape": [2, 3], "bytes": 12}
+    ]
+
+
+@pytest.mark.parametrize("path", ["nowhere.h5", ".", "text.h5"])
+def test_inspect_of_no_checkpoint_is_told_in_one_line(run, path):
+    with open("text.h5", "w") as file:
+        file.write("hello")
+    assert_fails(run("inspect", path), "")
+
+
+# wavg demo
+
+
+def rows_of(text):
+    """The table of the demo: n, then scores."""
+    lines = re.findall(r"^ *\d+(?: +\d\.\d{3})+$", text, re.MULTILINE)
+    return {int(n): [float(score) for score in scores] for n, *scores in map(str.split, lines)}
+
+
+def recomputed(folder):
+    """The demo's table, from its files, through the public functions and other arithmetic."""
+    _, _, x, y = demo.blobs()
+    paths = [os.path.join(folder, f"model_{epoch}.safetensors") for epoch in range(491, 501)]
+    models = [wavg.load(path) for path in paths]
+
+    def score(model):
+        hidden = np.maximum(x @ model["hidden/kernel"] + model["hidden/bias"], 0)
+        logits = hidden @ model["output/kernel"] + model["output/bias"]
+        return round(float((logits.argmax(axis=1) == y).mean()), 3)
+
+    return {
+        n: [score(models[-n]), *(score(wavg.average(models[-n:], spec)) for spec in demo.SCHEDULES)]
+        for n in range(1, 11)
+    }
+
+
+def test_demo_shows_what_the_public_functions_compute(run):
+    code, out, err = run("demo", "first")
+    assert (code, err) == (0, "")
+    shown, right = rows_of(out), recomputed("first")
+    assert shown == right
+    assert shown[1] == [shown[1][0]] * 4  # the average of one is that one
+    planted = out.replace(f"{right[10][1]:.3f}", "0.123")
+    assert rows_of(planted) != right
+
+
+def test_demo_runs_twice_and_tells_the_same(run):
+    first, second = run("demo", "again"), run("demo", "again")
+    assert first[0] == 0
+    assert first == second
+    names = sorted(os.listdir("again"))
+    assert [name for name in names if not name.endswith(".png")] == sorted(
+        f"model_{epoch}.safetensors" for epoch in range(491, 501)
+    )
+
+
+def test_demo_keeps_to_its_own_files(run):
+    os.mkdir("mine")
+    with open("mine/notes.txt", "w") as file:
+        file.write("keep")
+    run("demo", "mine")
+    with open("mine/notes.txt") as file:
+        assert file.read() == "keep"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_demo_draws_a_picture(run):
+    _, out, _ = run("demo", "drawn")
+    [path] = re.findall(r"picture: (.*\.png)", out)
+    with open(path, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_demo_without_matplotlib_says_how_to_get_the_picture(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, _ = run("demo", "plain")
+    assert code == 0
+    assert "picture: none: `pip install matplotlib`" in out
+    assert not [name for name in os.listdir("plain") if name.endswith(".png")]
+
+
+def test_what_the_demo_says_comes_next_works(run):
+    _, out, _ = run("demo", "next")
+    [line] = re.findall(r"next: +wavg (.*)", out)
+    assert run(*line.replace("'", "").split(), "--quiet") == (0, "", "")
+    models = [wavg.load(f"next/model_{epoch}.safetensors") for epoch in range(491, 501)]
+    right = wavg.average(models, "linear")
+    for name, array in wavg.load("average.safetensors").items():
+        assert array.tobytes() == right[name].tobytes()
+
+
+# As a process of its own
+
+
+def process(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "wavg", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        timeout=60,
+    )
+
+
+def test_as_a_process_it_averages_and_exits_with_zero(run):
+    done = process("average", *SHELL_ORDER, "-o", "a.npz", "--last", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "wrote a.npz" in done.stdout
+    assert values("a.npz")["w"] == [9.5, 1]
+
+
+def test_as_a_process_it_fails_in_one_line(run):
+    done = process("average", "nowhere.h5", "-o", "a.npz")
+    assert_fails((done.returncode, done.stdout, done.stderr), "there is no file nowhere.h5")
+
+
+def test_bars_are_ascii_where_the_terminal_is(run):
+    done = process("weights", "linear", "-n", "3", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert [row[2] for row in chart(done.stdout)] == [13, 27, 40]
+    assert set(done.stdout.splitlines()[3].split()[2]) == {"#"}
+
+
+@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError: × is not in ASCII")
+def test_inspect_works_where_the_terminal_is_ascii(run):
+    assert process("inspect", FILES[0], PYTHONIOENCODING="ascii").returncode == 0

@@ -1,0 +1,75 @@
+"""The promised peak is a bound on the measured one, whatever the size of the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import random_array
+
+import wavg
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+
+
+def measure(folder, suffix, weights="equal", max_memory="64MiB") -> dict:
+    probe = Path(__file__).with_name("memory_probe.py")
+    output = subprocess.run(
+        [sys.executable, probe, f"{folder}/m_*{suffix}", f"{folder}/avg{suffix}", weights, max_memory],
+        capture_output=True, text=True, check=True,
+    ).stdout
+    return json.loads(output)
+
+
+def save_run(folder, suffix, count, tensors, shape, dtype):
+    rng = np.random.default_rng(0)
+    for step in range(count):
+        model = {f"layer_{i}/w": random_array(rng, dtype, shape) for i in range(tensors)}
+        wavg.save(folder / f"m_{step}{suffix}", model)
+
+
+@pytest.mark.parametrize("weights", ["equal", "exponential"])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"),
+    [(".safetensors", "float32"), (".safetensors", "bfloat16"), (".safetensors", "float64"),
+     (".h5", "float32"), (".npz", "float16")],
+)
+def test_the_peak_is_within_the_projection_and_the_budget(tmp_path, suffix, dtype, weights):
+    save_run(tmp_path, suffix, 4, 2, (2000, 500), dtype)
+    figures = measure(tmp_path, suffix, weights)
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+def test_a_smaller_budget_is_honoured(tmp_path):
+    save_run(tmp_path, ".safetensors", 4, 2, (2000, 500), "float32")
+    for budget in ("20MiB", "32MiB"):
+        figures = measure(tmp_path, ".safetensors", max_memory=budget)
+        assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+def test_an_impossible_budget_is_refused_with_what_is_needed(tmp_path):
+    save_run(tmp_path, ".safetensors", 2, 1, (10,), "float32")
+    with pytest.raises(wavg.MemoryBudgetError, match=r"at least \d+ MiB, and 1 MiB are allowed"):
+        wavg.plan_average(tmp_path, max_memory="1MiB")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    save_run(tmp_path / "small", ".safetensors", 3, 1, (2000, 500), "float32")
+    save_run(tmp_path / "large", ".safetensors", 3, 12, (2000, 500), "float32")
+    small, large = (measure(tmp_path / name, ".safetensors") for name in ("small", "large"))
+    assert large["bytes_read"] == 12 * small["bytes_read"]
+    assert large["projected"] < small["projected"] + (1 << 20)
+    assert large["measured"] < large["projected"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_many_tensors_in_many_files_share_one_index(tmp_path, suffix):
+    save_run(tmp_path, suffix, 6, 2000, (20,), "float32")
+    figures = measure(tmp_path, suffix)
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]

@@ -1,0 +1,148 @@
+"""The destination is the old file whole or the new file whole; no trace is left of a failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import wavg
+from wavg import OutputError, OutputExistsError
+from wavg.publish import AtomicFile
+
+
+def write(path, data=b"new", **options):
+    with AtomicFile(str(path), **options) as file:
+        file.resize(len(data))
+        file.write(data, 0)
+        file.commit()
+
+
+def test_a_file_appears_with_its_content(tmp_path):
+    write(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_nothing_appears_before_commit_nor_without_it(tmp_path):
+    (tmp_path / "out").write_bytes(b"old")
+    with AtomicFile(str(tmp_path / "out"), overwrite=True) as file:
+        file.write(b"new", 0)
+        assert (tmp_path / "out").read_bytes() == b"old"
+    assert (tmp_path / "out").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_existing_file_is_refused_unless_told(tmp_path):
+    (tmp_path / "out").write_bytes(b"old")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        write(tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "out")
+    write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_bytes() == b"new"
+
+
+def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(OutputExistsError, match="appeared"), AtomicFile(str(tmp_path / "out")) as f:
+        f.write(b"new", 0)
+        (tmp_path / "out").write_bytes(b"theirs")
+        f.commit()
+    assert (tmp_path / "out").read_bytes() == b"theirs"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_without_hard_links_a_rename_publishes(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_is_no_destination(tmp_path):
+    with pytest.raises(OutputError, match="is a folder"):
+        write(tmp_path, overwrite=True)
+
+
+def test_permissions_follow_the_umask_or_the_file_replaced(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write(tmp_path / "new")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(os.stat(tmp_path / "new").st_mode) == 0o640
+    os.chmod(tmp_path / "new", 0o604)
+    write(tmp_path / "new", overwrite=True)
+    assert stat.S_IMODE(os.stat(tmp_path / "new").st_mode) == 0o604
+
+
+def test_a_symbolic_link_is_followed_not_replaced(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/real").write_bytes(b"old")
+    os.symlink("store/real", tmp_path / "link")
+    write(tmp_path / "link", overwrite=True)
+    assert os.path.islink(tmp_path / "link")
+    assert (tmp_path / "store/real").read_bytes() == b"new"
+
+
+SITES = ["ftruncate", "pwrite", "fsync", "replace", "open", "listdir"]
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failing_system_call_leaves_the_old_file_and_no_trace(tmp_path, monkeypatch, site, code):
+    (tmp_path / "out").write_bytes(b"old")
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, site, fail)
+        with pytest.raises(OutputError, match="untouched") as caught:
+            write(tmp_path / "out", overwrite=True)
+    assert caught.value.errno == code
+    assert (tmp_path / "out").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:1], offset))
+    write(tmp_path / "out", b"a longer content")
+    assert (tmp_path / "out").read_bytes() == b"a longer content"
+
+
+def test_what_a_killed_run_left_is_reclaimed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    script = (
+        "import sys, time; from wavg.publish import AtomicFile\n"
+        "file = AtomicFile(sys.argv[1], overwrite=True).__enter__()\n"
+        "print(file.temporary, flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+    )
+    stray = child.stdout.readline().strip()
+    write(tmp_path / "out")
+    assert os.path.exists(stray)  # its owner lives
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    child.stdin.close()
+    other = tmp_path / ".another.0123.wavg-tmp"
+    other.write_bytes(b"")
+    write(tmp_path / "out", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [other.name, "out"]
+
+
+def test_a_folder_that_does_not_exist_is_said_so(tmp_path):
+    with pytest.raises(OutputError, match="No such file or directory"):
+        wavg.save(tmp_path / "nowhere/m.npz", {"w": np.ones(1)})
