@@ -56,12 +56,12 @@ class Combination:
     matrix
         The weights, shape (outputs, inputs). Each row is divided by its common factor and scaled by
         a power of two, so that sums of products cannot overflow and its total is positive.
-    totals
-        Each row's sum, rounded, shape (outputs,).
+    totals, low_totals
+        Each row's sum as an unevaluated pair of float64 numbers, shape (outputs,).
     exact
         For each row, its weights as exact fractions, to the same scale.
     lossless
-        For each row, whether `matrix` and `totals` hold exactly those fractions.
+        For each row, whether `matrix` and `totals` alone hold exactly those fractions.
     bits
         For a row of integers (up to a common factor), the bits of the sum of their magnitudes; -1
         where that exceeds 29 bits, for then sums are not known to be exact.
@@ -69,6 +69,7 @@ class Combination:
 
     matrix: F64
     totals: F64
+    low_totals: F64
     exact: tuple[tuple[Fraction, ...], ...]
     lossless: tuple[bool, ...]
     bits: tuple[int, ...]
@@ -92,7 +93,7 @@ class Combination:
             raise WeightError("there must be at least one weight")
         if not np.isfinite(rows).all():
             raise WeightError(f"weights must be finite numbers, not {_short(rows)}")
-        matrix, totals = np.empty_like(rows), np.empty(len(rows))
+        matrix, totals = np.empty_like(rows), np.empty((2, len(rows)))
         exact, lossless = [], []
         for index, row in enumerate(rows):
             fractions = _reduced(row)
@@ -106,14 +107,13 @@ class Combination:
             scale = Fraction(2) ** -(_exponent(max(map(abs, fractions))) + len(row).bit_length())
             fractions = tuple(value * scale * (1 if total > 0 else -1) for value in fractions)
             matrix[index] = [float(value) for value in fractions]
-            totals[index] = abs(total) * scale
+            total = abs(total) * scale
+            totals[:, index] = float(total), float(total - Fraction(float(total)))
             exact.append(fractions)
-            lossless.append(
-                Fraction(totals[index]) == abs(total) * scale
-                and all(Fraction(a) == b for a, b in zip(matrix[index], fractions, strict=True))
-            )
+            same = all(Fraction(a) == b for a, b in zip(matrix[index], fractions, strict=True))
+            lossless.append(same and Fraction(totals[0, index]) == total)
         bits = tuple(_integer_bits(row) for row in exact)
-        return cls(matrix, totals, tuple(exact), tuple(lossless), bits)
+        return cls(matrix, totals[0], totals[1], tuple(exact), tuple(lossless), bits)
 
 
 def _short(values: F64) -> str:
@@ -358,8 +358,7 @@ def _settle(combination: Combination, index: int, columns: F64, target: DType) -
     nonzero = np.flatnonzero(columns[used].any(axis=0))
     if len(nonzero):
         columns = columns[:, nonzero]
-        total, lossless = float(combination.totals[index]), combination.lossless[index]
-        result, settled = _double_double(weights, total, lossless, columns, target)
+        result, settled = _double_double(combination, index, columns, target)
         for column in np.flatnonzero(~settled).tolist():
             result[column] = _exact_mean(combination.exact[index], columns[:, column], target)
         values[nonzero] = result
@@ -389,13 +388,13 @@ def _remainder(dividend: F64, quotient: F64, divisor: F64) -> F64:
 
 
 def _double_double(
-    weights: F64, total: float, lossless: bool, columns: F64, target: DType
+    combination: Combination, index: int, columns: F64, target: DType
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Step 2: the rounded means, and which of them are certain."""
     high, low, reach = np.zeros((3, columns.shape[1]))
-    exact = np.full(len(high), lossless)
+    exact = np.full(len(high), combination.lossless[index])
     terms = 4
-    for weight, column in zip(weights, columns, strict=True):
+    for weight, column in zip(combination.matrix[index], columns, strict=True):
         scales = [part for part in _halves(weight) if part]
         for part in (part for part in _halves(column) if part.any()):
             for scale in scales:
@@ -406,17 +405,16 @@ def _double_double(
                 reach += np.abs(product)
                 terms += 1
     high, low = _two_sum(high, low)
-    divisor = np.full_like(high, total)
+    divisor = np.full_like(high, combination.totals[index])
     quotient = high / divisor
     rest, lost = _two_sum(_remainder(high, quotient, divisor), low)
     exact &= lost == 0.0
-    correction = rest / divisor
-    exact &= _remainder(rest, correction, divisor) == 0.0
+    correction = (rest - quotient * combination.low_totals[index]) / divisor
+    exact &= _remainder(rest, correction, divisor) == 0.0  # no row with a low total is exact
     error = reach * (terms**2 * 8 * _UNIT**2)
     error += terms * _LOST * (1.0 + np.abs(columns).max(axis=0))
     error = error / divisor + np.abs(correction) * (4 * _UNIT)
-    if not lossless:
-        error += np.abs(quotient) * (4 * _UNIT)
+    error += np.abs(quotient) * (8 * _UNIT**2)
     error[exact] = 0.0
     bounds = [
         round_to(_to_odd(*_two_sum(quotient, correction + side * error), target), target)
