@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
-import reference
-import strategies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import reference
+import strategies
 import wavg
 from wavg.dtypes import lookup
 
-DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool", "complex64"]
+DTYPES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "uint8",
+    "bool",
+    "complex64",
+]
 
 
 def random_array(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -70,7 +81,7 @@ class FormatContract:
 
     def tensors(self):
         rng = np.random.default_rng(1)
-        model = {
+        return {
             "dense/kernel": random_array(rng, "float32", (7, 5)),
             "dense/bias": random_array(rng, "float32", (5,)),
             "norm/count": np.array(3, np.int32),
@@ -81,7 +92,6 @@ class FormatContract:
             "scalar/scale": np.array(0.5, np.float64),
             "wave/kernel": random_array(rng, "complex64", (3,)),
         }
-        return model
 
     def test_names_order_dtypes_shapes_and_values_come_back(self, tmp_path):
         tensors = self.tensors()
@@ -91,7 +101,10 @@ class FormatContract:
     @settings(
         deadline=None,
         max_examples=25,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+        suppress_health_check=[
+            HealthCheck.function_scoped_fixture,
+            HealthCheck.differing_executors,
+        ],
     )
     @given(data=st.data())
     def test_any_tensors_come_back(self, tmp_path, data):
@@ -105,9 +118,7 @@ class FormatContract:
         rng = np.random.default_rng(data.draw(st.integers(0, 99)))
         shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
         tensors = {
-            f"{name}/w": random_array(
-                rng, data.draw(st.sampled_from(DTYPES)), data.draw(shapes)
-            )
+            f"{name}/w": random_array(rng, data.draw(st.sampled_from(DTYPES)), data.draw(shapes))
             for name in names
         }
         wavg.save(self.path(tmp_path), tensors, overwrite=True)
@@ -157,7 +168,11 @@ class FormatContract:
         contents, blocks = set(), set()
         for budget in (smallest_budget(paths, output), "64MiB", "1GB"):
             report = wavg.average_checkpoints(
-                paths, output, weights="exponential", workers=workers, overwrite=True,
+                paths,
+                output,
+                weights="exponential",
+                workers=workers,
+                overwrite=True,
                 max_memory=budget,
             )
             contents.add(read_bytes(output))
@@ -205,12 +220,8 @@ class FormatContract:
         for length in range(0, len(whole), max(1, len(whole) // 400)):
             with open(self.path(tmp_path), "wb") as file:
                 file.write(whole[:length])
-            try:
-                survived = wavg.load(self.path(tmp_path))
-            except wavg.CheckpointFormatError as error:
-                assert self.path(tmp_path) in str(error)
-            else:  # HDF5 may end with padding nobody needs
-                np.testing.assert_array_equal(survived["a/w"], np.arange(6))
+            with pytest.raises(wavg.CheckpointFormatError, match=re.escape(self.path(tmp_path))):
+                wavg.load(self.path(tmp_path))
 
     def test_hypothesis_knows_the_hard_numbers(self):
-        assert strategies.FLOATS == DTYPES[:4]
+        assert DTYPES[:4] == strategies.FLOATS

@@ -26,7 +26,9 @@ def bit_patterns(dtype: str, elements: int, spread: int | None = None) -> st.Sea
                 values = bits.view(entry.numpy).astype(np.float64)
         else:
             exponents = rng.integers(-spread, 1, elements)
-            values = np.ldexp(rng.choice([-1, 1], elements) * rng.uniform(1, 2, elements), exponents)
+            values = np.ldexp(
+                rng.choice([-1, 1], elements) * rng.uniform(1, 2, elements), exponents
+            )
         values[~np.isfinite(values)] = 1.5
         values[rng.random(elements) < zeros] = rng.choice([0.0, -0.0])
         return values.astype(entry.numpy)

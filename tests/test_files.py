@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import h5py
 import numpy as np
 import pytest
-from contract import read_bytes
 
 import wavg
+from contract import read_bytes
 from wavg import stream
 from wavg.checkpoint import Checkpoint
 
@@ -70,8 +70,12 @@ def test_every_difference_of_structure_is_listed(run, tmp_path):
     with pytest.raises(wavg.StructureMismatchError) as caught:
         wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert len(caught.value.differences) == 4
-    for text in ("a is float32[1], not float32[2]", "has b (float32[1]) besides",
-                 "c is float16[1], not float32[1]", "lacks d (float32[1])"):
+    for text in (
+        "a is float32[1], not float32[2]",
+        "has b (float32[1]) besides",
+        "c is float16[1], not float32[1]",
+        "lacks d (float32[1])",
+    ):
         assert text in str(caught.value)
     assert not (tmp_path / "avg.safetensors").exists()
 
@@ -93,7 +97,10 @@ def test_integers_equal_everywhere_are_carried_over(run, tmp_path):
 
 def test_integers_that_differ_are_the_newest_and_reported_or_refused(run, tmp_path):
     models = kernels([1], [3])
-    models[0]["bn.num_batches_tracked"], models[1]["bn.num_batches_tracked"] = np.array(5), np.array(9)
+    models[0]["bn.num_batches_tracked"], models[1]["bn.num_batches_tracked"] = (
+        np.array(5),
+        np.array(9),
+    )
     models[0]["mask"] = models[1]["mask"] = np.array([True])
     glob = run(*models)
     report = wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
@@ -101,12 +108,18 @@ def test_integers_that_differ_are_the_newest_and_reported_or_refused(run, tmp_pa
     assert wavg.load(tmp_path / "avg.safetensors")["bn.num_batches_tracked"] == 9
     with pytest.raises(wavg.StructureMismatchError, match="num_batches_tracked is int64"):
         wavg.average_checkpoints(glob, tmp_path / "second.safetensors", integers="error")
-    assert sorted(os.listdir(tmp_path)) == ["avg.safetensors", "model_1.safetensors", "model_2.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "avg.safetensors",
+        "model_1.safetensors",
+        "model_2.safetensors",
+    ]
 
 
 def test_quantised_codes_are_refused_with_their_scale_named(run):
     model = {"w": np.int8([1]), "w_scale": np.float32([2])}
-    with pytest.raises(wavg.WavgError, match=r"w holds quantised codes \(int8\) with the scale w_scale"):
+    with pytest.raises(
+        wavg.WavgError, match=r"w holds quantised codes \(int8\) with the scale w_scale"
+    ):
         wavg.average_checkpoints(run(model, model))
 
 
@@ -164,10 +177,14 @@ def test_an_output_of_unknown_kind_is_refused_before_anything_is_read(run, tmp_p
 
 
 def test_include_and_exclude_choose_tensors_by_glob(run):
-    models = [{"a.w": np.float32([v]), "a.b": np.float32([v]), "c": np.float32([v])} for v in (1, 3)]
+    models = [
+        {"a.w": np.float32([v]), "a.b": np.float32([v]), "c": np.float32([v])} for v in (1, 3)
+    ]
     glob = run(*models)
     assert {k: v[0] for k, v in wavg.average_checkpoints(glob, exclude=["a.*"]).items()} == {
-        "a.w": 3, "a.b": 3, "c": 2
+        "a.w": 3,
+        "a.b": 3,
+        "c": 2,
     }
     assert {
         k: v[0] for k, v in wavg.average_checkpoints(glob, include=["a.*"], exclude=["*.b"]).items()
@@ -179,11 +196,17 @@ def test_include_and_exclude_choose_tensors_by_glob(run):
 
 
 @pytest.mark.parametrize(
-    "options", [{"optimizer": "x"}, {"integers": "x"}, {"dtype": "int8"}, {"workers": 0},
-                {"max_memory": "much"}]
+    "options",
+    [
+        {"optimizer": "x"},
+        {"integers": "x"},
+        {"dtype": "int8"},
+        {"workers": 0},
+        {"max_memory": "much"},
+    ],
 )
 def test_options_that_make_no_sense_are_refused(run, options):
-    with pytest.raises(ValueError, match="must be|is not a size"):
+    with pytest.raises(ValueError, match=r"must be|is not a size"):
         wavg.average_checkpoints(run(*kernels([1])), **options)
 
 
@@ -275,9 +298,7 @@ def test_patching_keeps_every_byte_that_is_not_an_averaged_number(tmp_path):
 
 def test_the_optimizer_can_be_left_out(tmp_path):
     test_patching_keeps_every_byte_that_is_not_an_averaged_number(tmp_path)
-    wavg.average_checkpoints(
-        str(tmp_path / "m_*.h5"), tmp_path / "small.h5", optimizer="drop"
-    )
+    wavg.average_checkpoints(str(tmp_path / "m_*.h5"), tmp_path / "small.h5", optimizer="drop")
     with h5py.File(tmp_path / "small.h5") as file:
         assert "optimizer_weights" not in file
         assert file.attrs["note"] == "step 2"

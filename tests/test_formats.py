@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from contract import FormatContract, assert_same
 
 import wavg
+from contract import FormatContract, assert_same
 from wavg import CheckpointFormatError
 
 
@@ -199,9 +199,11 @@ def test_sub_byte_tensors_are_carried_over_if_identical_and_refused_if_not(tmp_p
 
     paths = [save(1, b"ab"), save(2, b"ab")]
     wavg.average_checkpoints(paths, tmp_path / "avg.safetensors")
-    assert (tmp_path / "avg.safetensors").read_bytes()[-10:] == np.float32([1.5, 2]).tobytes() + b"ab"
+    assert (tmp_path / "avg.safetensors").read_bytes()[-10:] == np.float32(
+        [1.5, 2]
+    ).tobytes() + b"ab"
     paths[0] = save(1, b"xy")
-    with pytest.raises(wavg.StructureMismatchError, match="q is float4_e2m1fn.*exclude"):
+    with pytest.raises(wavg.StructureMismatchError, match=r"q is float4_e2m1fn.*exclude"):
         wavg.average_checkpoints(paths, tmp_path / "avg2.safetensors")
 
 
@@ -231,7 +233,9 @@ def test_files_of_numpy_are_read_stored_and_compressed(tmp_path):
         assert list(result) == list(tensors)
         for key, array in tensors.items():
             np.testing.assert_array_equal(result[key], array)
-    averaged = wavg.average_checkpoints([tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "c.npz")
+    averaged = wavg.average_checkpoints(
+        [tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "c.npz"
+    )
     assert averaged.output == str(tmp_path / "c.npz")
     with np.load(tmp_path / "c.npz", allow_pickle=False) as theirs:
         for key, array in tensors.items():
@@ -271,7 +275,12 @@ BAD_NPZ = {
     "unsafe name": ([("../a.npy", npy(np.ones(2)))], "unsafe name"),
     "size mismatch": ([("a.npy", npy(np.ones(2)) + b"more")], "16 bytes, but has 20"),
     "code in the header": (
-        [("a.npy", npy(header="{'descr': __import__('os'), 'fortran_order': False, 'shape': (2,)}"))],
+        [
+            (
+                "a.npy",
+                npy(header="{'descr': __import__('os'), 'fortran_order': False, 'shape': (2,)}"),
+            )
+        ],
         "cannot be understood",
     ),
     "negative shape": (
@@ -323,7 +332,9 @@ def test_duplicate_and_bomb_members_are_refused(tmp_path):
 
 
 def keras_file(path, edit=lambda file: None):
-    wavg.save(path, {"dense/kernel": np.ones((2, 3), np.float32), "dense/bias": np.zeros(3, np.float32)})
+    wavg.save(
+        path, {"dense/kernel": np.ones((2, 3), np.float32), "dense/bias": np.zeros(3, np.float32)}
+    )
     with h5py.File(path, "r+") as file:
         edit(file)
     return path

@@ -6,11 +6,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import reference
-import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
+import strategies
 from wavg import kernel
 from wavg.dtypes import lookup
 from wavg.errors import NonFiniteError, WavgError, WeightError
@@ -67,7 +67,9 @@ def test_exact_ties_go_to_even(dtype, inputs):
 
 def test_wide_exponent_spans_where_a_float64_sum_goes_wrong():
     rng = np.random.default_rng(1)
-    values = np.ldexp(rng.integers(128, 256, (10, 4000)).astype(float), rng.integers(-120, 100, (10, 4000)))
+    values = np.ldexp(
+        rng.integers(128, 256, (10, 4000)).astype(float), rng.integers(-120, 100, (10, 4000))
+    )
     block = (values * rng.choice([-1, 1], values.shape)).astype(lookup("bfloat16").numpy)
     assert_exact(np.arange(1, 11), block)
     # Two large terms cancel and leave what a float64 sum has already lost.
@@ -153,7 +155,9 @@ def test_a_result_outside_the_output_range_is_an_error():
         mean([1], np.array([[1e6]], np.float32), "float16")
 
 
-@pytest.mark.parametrize("weights", [[], [[]], [np.nan], [np.inf, 1], [1, -1], [0, 0], [0.1, 0.2, -0.1, -0.2]])
+@pytest.mark.parametrize(
+    "weights", [[], [[]], [np.nan], [np.inf, 1], [1, -1], [0, 0], [0.1, 0.2, -0.1, -0.2]]
+)
 def test_weights_without_an_average_are_refused(weights):
     with pytest.raises(WeightError):
         Combination.of(weights)
@@ -167,8 +171,10 @@ def test_integers_are_refused():
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_round_to_is_correct_at_and_around_every_tie(name):
     entry = lookup(name)
-    bits = np.arange(2**16, dtype=np.uint16) if entry.bits == 16 else (
-        np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32)
+    bits = (
+        np.arange(2**16, dtype=np.uint16)
+        if entry.bits == 16
+        else (np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32))
     )
     with np.errstate(invalid="ignore"):
         values = bits.view(entry.numpy).astype(np.float64)
@@ -181,7 +187,9 @@ def test_round_to_is_correct_at_and_around_every_tie(name):
         np.testing.assert_array_equal(ours.astype(float), right)
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+)
 def test_float8_averages_are_the_nearest_values(name):
     entry = lookup(name)
     grid = np.arange(256, dtype=np.uint8).view(entry.numpy).astype(np.float64)
@@ -201,7 +209,9 @@ def test_the_oracle_itself_sees_a_planted_error():
     planted[7] = np.nextafter(planted[7], np.float32(np.inf))
     assert not reference.same_bytes(planted, right)
     assert reference.round_fraction(Fraction(1) + Fraction(1, 2**24), lookup("float32")) == 1.0
-    assert reference.round_fraction(Fraction(1) + Fraction(3, 2**24), lookup("float32")) == 1 + 2**-22
+    assert (
+        reference.round_fraction(Fraction(1) + Fraction(3, 2**24), lookup("float32")) == 1 + 2**-22
+    )
 
 
 def test_accumulate_keeps_a_running_sum():

@@ -50,10 +50,11 @@ def test_an_existing_file_is_refused_unless_told(tmp_path):
 
 
 def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path):
-    with pytest.raises(OutputExistsError, match="appeared"), AtomicFile(str(tmp_path / "out")) as f:
-        f.write(b"new", 0)
+    with AtomicFile(str(tmp_path / "out")) as file:
+        file.write(b"new", 0)
         (tmp_path / "out").write_bytes(b"theirs")
-        f.commit()
+        with pytest.raises(OutputExistsError, match="appeared"):
+            file.commit()
     assert (tmp_path / "out").read_bytes() == b"theirs"
     assert os.listdir(tmp_path) == ["out"]
 
@@ -128,7 +129,9 @@ def test_what_a_killed_run_left_is_reclaimed_by_the_next_and_a_living_ones_is_no
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
     )
     stray = child.stdout.readline().strip()
     write(tmp_path / "out")

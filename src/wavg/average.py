@@ -135,7 +135,9 @@ def _average_leaf(
             combine(combination, piece, target, allow_nonfinite=allow_nonfinite)
         except NonFiniteError as error:
             where = "the result" if error.input is None else f"tree {error.input}"
-            index = np.unravel_index((start + error.index) * component.bits // entry.bits, out.shape)
+            index = np.unravel_index(
+                (start + error.index) * component.bits // entry.bits, out.shape
+            )
             raise NonFiniteError(
                 f"{where} is not finite at {path}[{', '.join(map(str, index))}] "
                 "(allow_nonfinite=True lets it through)",

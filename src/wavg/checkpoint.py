@@ -284,17 +284,17 @@ _O_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def _identity(path: str, status: os.stat_result) -> FileIdentity:
-    return FileIdentity(
-        path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
-    )
+    return FileIdentity(path, status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
 
 
 def identify(path: str) -> FileIdentity:
     """Return what a file is now; refuses what is not a regular file, without opening it."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder that holds no checkpoint" if stat.S_ISDIR(status.st_mode) else (
-            "a device, pipe or socket"
+        kind = (
+            "a folder that holds no checkpoint"
+            if stat.S_ISDIR(status.st_mode)
+            else ("a device, pipe or socket")
         )
         raise CheckpointFormatError(f"{path} is {kind}; expected a checkpoint file", path=path)
     return _identity(path, status)
@@ -302,7 +302,7 @@ def identify(path: str) -> FileIdentity:
 
 def read_exactly(descriptor: int, out: Array, offset: int) -> bool:
     """Fill a contiguous array from a file's bytes at `offset`; False if the file ends before."""
-    view = memoryview(out.reshape(-1).view(np.uint8)) if out.size else memoryview(b"")
+    view = out.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)

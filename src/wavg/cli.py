@@ -46,24 +46,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wavg {wavg.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_average(_command(commands, "average", _average, "average checkpoints into one file", """\
-            wavg average run/model_*.h5 -o average.h5 --weights linear --last 5"""))
-    command = _command(commands, "weights", _weights, "show the weights of a schedule", """\
-            wavg weights exponential:alpha=2 -n 10""")
+    _add_average(
+        _command(
+            commands,
+            "average",
+            _average,
+            "average checkpoints into one file",
+            """\
+            wavg average run/model_*.h5 -o average.h5 --weights linear --last 5""",
+        )
+    )
+    command = _command(
+        commands,
+        "weights",
+        _weights,
+        "show the weights of a schedule",
+        """\
+            wavg weights exponential:alpha=2 -n 10""",
+    )
     command.add_argument("spec", metavar="SPEC", help="such as linear, exponential:alpha=2, 1,2,3")
     command.add_argument("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
-    command.add_argument("-n", type=_positive, metavar="N", help="for N checkpoints, one step apart")
+    command.add_argument(
+        "-n", type=_positive, metavar="N", help="for N checkpoints, one step apart"
+    )
     command.add_argument("--steps", type=_numbers, metavar="A,B,…", help="for checkpoints at these")
     _add_json(command)
-    command = _command(commands, "inspect", _inspect, "show what a checkpoint holds", """\
-            wavg inspect model.safetensors""")
+    command = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "show what a checkpoint holds",
+        """\
+            wavg inspect model.safetensors""",
+    )
     command.add_argument("path", metavar="PATH")
     _add_opaque(command)
     _add_json(command)
-    command = _command(commands, "demo", _demo, "the whole story on a real training run", """\
-            wavg demo wavg-demo""")
+    command = _command(
+        commands,
+        "demo",
+        _demo,
+        "the whole story on a real training run",
+        """\
+            wavg demo wavg-demo""",
+    )
     command.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default="wavg-demo",
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        default="wavg-demo",
         help="where its checkpoints and picture go (default: %(default)s)",
     )
     return parser
@@ -86,28 +117,58 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
     add("-o", "--output", required=True, metavar="OUTPUT", help="the file to write")
-    add("--weights", default="equal", metavar="SPEC",
-        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: %(default)s)")
+    add(
+        "--weights",
+        default="equal",
+        metavar="SPEC",
+        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: %(default)s)",
+    )
     add("--last", type=_positive, metavar="N", help="only the newest N")
     add("--steps", type=_numbers, metavar="A,B,…", help="the checkpoints' steps (default: by name)")
-    add("--order", choices=("natural", "given"), default="natural",
-        help="sort inputs (model_9 before model_10) or keep them as given (default: %(default)s)")
+    add(
+        "--order",
+        choices=("natural", "given"),
+        default="natural",
+        help="sort inputs (model_9 before model_10) or keep them as given (default: %(default)s)",
+    )
     add("--include", action="append", default=[], metavar="GLOB", help="average only these tensors")
-    add("--exclude", action="append", default=[], metavar="GLOB",
-        help="take these tensors from the newest checkpoint")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="take these tensors from the newest checkpoint",
+    )
     floats = [entry.name for entry in DTYPES if entry.kind == "float"]
-    add("--dtype", choices=floats, metavar="D", help="write averaged tensors in this format: "
-        + ", ".join(floats[:4]) + " …")
-    add("--optimizer", choices=("carry", "drop"), default="carry",
-        help="what becomes of the newest checkpoint's optimizer state (default: %(default)s)")
-    add("--integers", choices=("reference", "error"), default="reference",
-        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=floats,
+        metavar="D",
+        help="write averaged tensors in this format: " + ", ".join(floats[:4]) + " …",
+    )
+    add(
+        "--optimizer",
+        choices=("carry", "drop"),
+        default="carry",
+        help="what becomes of the newest checkpoint's optimizer state (default: %(default)s)",
+    )
+    add(
+        "--integers",
+        choices=("reference", "error"),
+        default="reference",
+        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
+    )
     add("--allow-nonfinite", action="store_true", help="let NaN and infinities through")
     _add_opaque(command)
     add("--dry-run", action="store_true", help="print the plan, read no tensor, write nothing")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--max-memory", type=_size, default=64 * MIB, metavar="SIZE",
-        help="memory beyond the interpreter (default: 64MiB)")
+    add(
+        "--max-memory",
+        type=_size,
+        default=64 * MIB,
+        metavar="SIZE",
+        help="memory beyond the interpreter (default: 64MiB)",
+    )
     add("--workers", type=_positive, metavar="N", help="threads (default: the cores available)")
     _add_json(command)
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -138,16 +199,31 @@ def _size(text: str) -> int:
     return parse_size(text)
 
 
-for _type, _name in ((_positive, "positive whole number"), (_numbers, "list of numbers"),
-                     (_size, "size")):
+for _type, _name in (
+    (_positive, "positive whole number"),
+    (_numbers, "list of numbers"),
+    (_size, "size"),
+):
     _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
 
 
 def _average(options: argparse.Namespace) -> None:
     chosen = {
         name: getattr(options, name)
-        for name in ("weights", "last", "steps", "dtype", "include", "exclude", "optimizer",
-                     "integers", "allow_nonfinite", "opaque_dtype", "max_memory", "workers")
+        for name in (
+            "weights",
+            "last",
+            "steps",
+            "dtype",
+            "include",
+            "exclude",
+            "optimizer",
+            "integers",
+            "allow_nonfinite",
+            "opaque_dtype",
+            "max_memory",
+            "workers",
+        )
     }
     chosen["sort"] = options.order == "natural"
     report: Report | None = None
@@ -155,8 +231,11 @@ def _average(options: argparse.Namespace) -> None:
         plan = plan_average(options.inputs, options.output, **chosen)
     else:
         report = average_checkpoints(
-            options.inputs, options.output, overwrite=options.overwrite,
-            progress=not (options.quiet or options.json), **chosen,
+            options.inputs,
+            options.output,
+            overwrite=options.overwrite,
+            progress=not (options.quiet or options.json),
+            **chosen,
         )
         plan = report.plan
     if options.json:
@@ -202,11 +281,13 @@ def _plan_as_text(plan: Plan, output: str, report: Report | None) -> list[str]:
     if plan.carried:
         lines.append(f"carried over from the newest: {_count(len(plan.carried), 'tensor')}")
         differing = set(report.differing) if report else set()
-        lines += _shorten([
-            f"  {decision.spec.name}: {decision.reason}"
-            + (", and the inputs differ" if decision.spec.name in differing else "")
-            for decision in plan.carried
-        ])
+        lines += _shorten(
+            [
+                f"  {decision.spec.name}: {decision.reason}"
+                + (", and the inputs differ" if decision.spec.name in differing else "")
+                for decision in plan.carried
+            ]
+        )
     if plan.others:
         what = "carried over" if plan.keep_others else "left out"
         lines.append(f"optimizer state: {_count(len(plan.others), 'tensor')} {what}")
@@ -258,14 +339,19 @@ def _weights(options: argparse.Namespace) -> None:
     schedule = schedules.resolve(options.spec)
     merit = schedules.figures(schedule(steps), steps)
     if options.json:
-        print(json.dumps({
-            "weights": str(schedule),
-            "steps": list(steps),
-            "coefficients": merit.proportions.tolist(),
-            "effective_number": merit.effective_number,
-            "mean_age": merit.mean_age,
-            "amplification": merit.amplification,
-        }, indent=2))
+        print(
+            json.dumps(
+                {
+                    "weights": str(schedule),
+                    "steps": list(steps),
+                    "coefficients": merit.proportions.tolist(),
+                    "effective_number": merit.effective_number,
+                    "mean_age": merit.mean_age,
+                    "amplification": merit.amplification,
+                },
+                indent=2,
+            )
+        )
         return
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     largest = max(abs(merit.proportions))
@@ -280,17 +366,24 @@ def _inspect(options: argparse.Namespace) -> None:
     with open_checkpoint(options.path, opaque_dtype=options.opaque_dtype) as checkpoint:
         index = checkpoint.index
     if options.json:
-        print(json.dumps({
-            "path": index.path,
-            "format": index.format,
-            "bytes": sum(identity.size for identity in index.files),
-            "metadata": dict(index.metadata),
-            **{
-                key: [{"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
-                      for s in specs]
-                for key, specs in (("tensors", index.tensors), ("optimizer", index.others))
-            },
-        }, indent=2))
+        print(
+            json.dumps(
+                {
+                    "path": index.path,
+                    "format": index.format,
+                    "bytes": sum(identity.size for identity in index.files),
+                    "metadata": dict(index.metadata),
+                    **{
+                        key: [
+                            {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
+                            for s in specs
+                        ]
+                        for key, specs in (("tensors", index.tensors), ("optimizer", index.others))
+                    },
+                },
+                indent=2,
+            )
+        )
         return
     total = sum(identity.size for identity in index.files)
     numbers = sum(spec.size for spec in index.tensors)

@@ -71,7 +71,9 @@ def run(folder: str) -> Result:
         ]
         for schedule in SCHEDULES
     }
-    picture = os.path.join(folder, "averages.png") if importlib.util.find_spec("matplotlib") else None
+    picture = (
+        os.path.join(folder, "averages.png") if importlib.util.find_spec("matplotlib") else None
+    )
     result = Result(folder, single, averages, picture)
     if picture:
         plot(result, picture)
@@ -151,10 +153,10 @@ def story(result: Result) -> str:
     glob = os.path.join(result.folder, "model_*.safetensors")
     picture = result.picture or "none: `pip install matplotlib` and run again"
     return f"""\
-A 2-25-3 network learned {EPOCHS} epochs on 100 points in three overlapping blobs, at a learning rate
-too high to settle. Its last {KEPT} epochs are {glob}.
-Accuracy on 1,000 points it has not seen, of the n-th newest checkpoint alone and of the average of
-the newest n:
+A 2-25-3 network learned {EPOCHS} epochs on 100 points in three overlapping blobs, at a learning
+rate too high to settle. Its last {KEPT} epochs are {glob}.
+Accuracy on 1,000 points it has not seen, of the n-th newest checkpoint alone and of the average
+of the newest n:
 
 {table(result)}
 

@@ -6,12 +6,13 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from wavg.formats import format_of_output, load_module, open_file
 from wavg.inputs import PathLike, expand, read_steps
 from wavg.plan import Options, Plan, make_plan, parse_size
 from wavg.publish import AtomicFile, refuse_existing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
 
@@ -52,13 +56,38 @@ class Report:
     differing: tuple[str, ...]
 
 
+class AverageOptions(TypedDict, total=False):
+    """The keyword arguments of `average_checkpoints`, for type checkers."""
+
+    weights: schedules.WeightsLike
+    last: int | None
+    steps: Sequence[float] | None
+    sort: bool
+    dtype: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    optimizer: str
+    integers: str
+    allow_nonfinite: bool
+    opaque_dtype: str | None
+    overwrite: bool
+    max_memory: int | str
+    workers: int | None
+    executor: Executor | None
+    progress: bool
+
+
 @overload
 def average_checkpoints(
-    inputs: PathLike | Iterable[PathLike], output: None = None, **options: Any
+    inputs: PathLike | Iterable[PathLike],
+    output: None = None,
+    **options: Unpack[AverageOptions],
 ) -> dict[str, Array]: ...
 @overload
 def average_checkpoints(
-    inputs: PathLike | Iterable[PathLike], output: PathLike, **options: Any
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike,
+    **options: Unpack[AverageOptions],
 ) -> Report: ...
 def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
@@ -113,12 +142,12 @@ def average_checkpoints(
     allow_nonfinite
         Let NaN and infinities through in place of an error.
     opaque_dtype
-        ``"bfloat16"`` declares unnamed two-byte values, as Keras' ``.h5`` stores bfloat16, to be so.
+        ``"bfloat16"`` declares unnamed two-byte values, as a Keras ``.h5`` has them, to be so.
     overwrite
         Replace an existing output. It may be one of the inputs.
     max_memory
-        The most memory to use beyond the interpreter with wavg imported, in bytes or as text. Arrays
-        returned come on top.
+        The most memory to use beyond the interpreter with wavg imported, in bytes or as text.
+        Arrays returned come on top.
     workers
         Threads; by default as many as there are cores for this process.
     executor
@@ -129,8 +158,10 @@ def average_checkpoints(
     Returns
     -------
     dict or Report
-        Without an output, an ordered dict from tensor names to arrays in the model's order:
-        ``model.set_weights(list(result.values()))``. With one, what was done.
+        Without an output, an ordered dict from tensor names to arrays, in the order of the newest
+        file. For Keras that is the order of ``get_weights()``, so that
+        ``model.set_weights(list(result.values()))`` takes it, unless models are nested in the
+        model: then write a file and load that. With an output, what was done.
 
     Raises
     ------
@@ -200,10 +231,15 @@ def plan_average(
     last: int | None = None,
     steps: Sequence[float] | None = None,
     sort: bool = False,
+    dtype: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    optimizer: str = "carry",
+    integers: str = "reference",
+    allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
-    **options: Any,
 ) -> Plan:
     """Return what `average_checkpoints` would do, without reading a tensor or writing a byte.
 
@@ -219,17 +255,22 @@ def plan_average(
     >>> plan.bytes_read, round(plan.figures.effective_number, 2)
     (16, 1.8)
     """
-    decided = Options(
+    options = Options(
+        dtype=dtype,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        optimizer=optimizer,
+        integers=integers,
+        allow_nonfinite=allow_nonfinite,
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
-        **{key: tuple(v) if key in ("include", "exclude") else v for key, v in options.items()},
     )
     target = None if output is None else os.fspath(output)
     paths, all_steps = _select(inputs, steps, last, sort, target)
     if target is not None:
         format_of_output(target)
     with _opened(paths, opaque_dtype) as checkpoints:
-        return _plan(checkpoints, all_steps, weights, target, decided)
+        return _plan(checkpoints, all_steps, weights, target, options)
 
 
 def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
@@ -300,7 +341,7 @@ def save(
         Ends with ``.safetensors``, ``.h5`` (Keras' layout of weights; the first part of a name,
         up to a slash, is the layer) or ``.npz``.
     tensors
-        Names to arrays, or whatever `numpy.asarray` takes. Names, order, dtypes and shapes are kept.
+        Names to arrays, or whatever `numpy.asarray` takes. Names, order, dtypes, shapes are kept.
     metadata
         Texts for the header; not for ``.npz``.
     overwrite
@@ -361,7 +402,7 @@ def _select(
     if steps is not None and len(steps) != len(paths):
         raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
     numbers = read_steps(paths) if steps is None else tuple(map(float, steps))
-    if any(a >= b for a, b in zip(numbers, numbers[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(numbers)):
         raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
     if last is not None:
         if not 1 <= last <= len(paths):
@@ -461,9 +502,7 @@ class _FileSink:
             file.write(template.head, 0)
         for extent, offset in template.carry:
             assert reference is not None  # only a patched reference carries anything over
-            file.copy_from(
-                reference.descriptor(extent.file), extent.offset, extent.length, offset
-            )
+            file.copy_from(reference.descriptor(extent.file), extent.offset, extent.length, offset)
 
     def wants(self, name: str) -> bool:
         return name in self._targets

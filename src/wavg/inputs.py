@@ -6,6 +6,7 @@ It looks at names only; whether a file is a checkpoint is for the formats to say
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -73,7 +74,7 @@ def _expand_one(name: str, output: str | None) -> list[str]:
         kinds = {os.path.splitext(path)[1] for path in files}
         if len(kinds) > 1:
             raise WavgError(
-                f"the folder {name} holds checkpoints of several kinds ({', '.join(sorted(kinds))}); "
+                f"the folder {name} holds several kinds of checkpoints ({', '.join(sorted(kinds))}); "
                 f"name one with a glob, such as {name.rstrip(os.sep)}/*{min(kinds)}",
                 path=name,
             )
@@ -102,7 +103,7 @@ def read_steps(paths: Sequence[str]) -> tuple[float, ...]:
     for pattern in (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)", None):
         steps = [_step(path, pattern) for path in paths]
         known = [step for step in steps if step is not None]
-        if len(known) == len(paths) and all(a < b for a, b in zip(known, known[1:], strict=False)):
+        if len(known) == len(paths) and all(a < b for a, b in itertools.pairwise(known)):
             return tuple(known)
     return tuple(float(position) for position in range(1, len(paths) + 1))
 

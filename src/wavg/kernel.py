@@ -327,7 +327,7 @@ def _smallest_exponent(tile: F64) -> int:
 def _combine_nonfinite(
     combination: Combination, tile: F64, outs: Array, source: DType, target: DType
 ) -> None:
-    """Combine a tile with NaN or infinities: IEEE 754 where they stand, the exact mean elsewhere."""
+    """Combine a tile with NaN or infinities: IEEE 754 where they stand, exact means elsewhere."""
     bad = ~np.isfinite(tile).all(axis=0)
     columns = tile[:, bad]
     tile[:, bad] = 0.0
@@ -349,7 +349,7 @@ def _bits(array: Array) -> Array:
 
 
 def _settle(combination: Combination, index: int, columns: F64, target: DType) -> Array:
-    """Steps 2 and 3: the rounded means of columns that float64 could not settle."""
+    """Take steps 2 and 3: return the rounded means of columns that float64 could not settle."""
     weights = combination.matrix[index]
     used = np.array(combination.exact[index], bool)
     # What IEEE 754 gives a sum of zero terms: -0 only if every term is -0.

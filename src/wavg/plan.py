@@ -195,9 +195,7 @@ def make_plan(
     sources = _align(indexes)
     _refuse_quantised(reference, options)
     _check_patterns(reference, options)
-    decisions = tuple(
-        _decide(spec, sources[spec.name], options) for spec in reference.tensors
-    )
+    decisions = tuple(_decide(spec, sources[spec.name], options) for spec in reference.tensors)
     if not any(decision.action == "average" for decision in decisions):
         raise WavgError(f"{reference.path}: there is no tensor to average")
     block, workers, projected = _fit(indexes, decisions, options)
@@ -205,8 +203,11 @@ def make_plan(
     read = sum(
         spec.nbytes
         for decision in decisions
-        for spec in (decision.sources if decision.action == "average" or decision.compare
-                     else decision.sources[-1:])
+        for spec in (
+            decision.sources
+            if decision.action == "average" or decision.compare
+            else decision.sources[-1:]
+        )
     )
     result = sum(decision.output.nbytes for decision in decisions)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
@@ -265,9 +266,7 @@ def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
             + "\n  ".join(differences),
             differences=differences,
         )
-    return {
-        spec.name: tuple(table[spec.name] for table in tables) for spec in reference.tensors
-    }
+    return {spec.name: tuple(table[spec.name] for table in tables) for spec in reference.tensors}
 
 
 def _decide(spec: TensorSpec, sources: tuple[TensorSpec, ...], options: Options) -> Decision:
@@ -309,8 +308,8 @@ def _refuse_quantised(reference: Index, options: Options) -> None:
         found = next((name for name in scales if name in names), None)
         if found is not None:
             raise WavgError(
-                f"{reference.path}: {spec.name} holds quantised codes ({spec.dtype}) with the scale "
-                f"{found}: their average has no meaning. Average the checkpoints before they are "
+                f"{reference.path}: {spec.name} holds quantised codes ({spec.dtype}) with the "
+                f"scale {found}: their average has no meaning. Average the checkpoints before they are "
                 "quantised, or exclude both",
                 path=reference.path,
                 tensor=spec.name,
@@ -343,7 +342,8 @@ def _fit(
     needed = fixed + _WORKER_BYTES + min(wanted, _SMALLEST_BLOCK) * row_bytes
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
-        f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with max_memory (--max-memory)",
+        f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
+        "max_memory (--max-memory)",
         needed=needed,
         allowed=options.max_memory,
     )

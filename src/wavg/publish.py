@@ -100,9 +100,7 @@ class AtomicFile:
 
     def write(self, data: bytes | npt.NDArray[Any], offset: int) -> None:
         """Write bytes, or a contiguous array's, at an offset; threads may share this."""
-        view = memoryview(data).cast("B") if isinstance(data, bytes) else memoryview(
-            data.reshape(-1).view("u1")
-        )
+        view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view("u1").data
         done = 0
         with self._failures():
             while done < len(view):

@@ -107,8 +107,10 @@ class _Crew:
                 needed = _buffer_bytes(self._plan, task)
                 if needed > buffer.nbytes:
                     buffer = np.empty(needed, np.uint8)
-                read = self._average(task, buffer) if task.decision.action == "average" else (
-                    self._carry(task, buffer)
+                read = (
+                    self._average(task, buffer)
+                    if task.decision.action == "average"
+                    else (self._carry(task, buffer))
                 )
                 if self._progress is not None:
                     with self._lock:
@@ -184,7 +186,8 @@ class _Crew:
         self.differing.add(spec.name)
         if self._plan.options.integers == "error" or spec.entry.kind == "code":
             advice = (
-                "exclude it to take the newest's" if spec.entry.kind == "code"
+                "exclude it to take the newest's"
+                if spec.entry.kind == "code"
                 else "integers='reference' (--integers reference) takes the newest's"
             )
             raise StructureMismatchError(

@@ -1,8 +1,8 @@
 """Pytrees: nested dicts, lists, tuples and named tuples with arrays as leaves.
 
 It flattens, rebuilds and names leaves; it knows nothing of arithmetic. Leaves come in a stable
-order: a dict's own order, position in a sequence. Dicts align by key, whatever their order. ``None``
-is a tree without leaves. Anything else, dataclasses included, is a leaf.
+order: a dict's own order, position in a sequence. Dicts align by key, whatever their order.
+``None`` is a tree without leaves. Anything else, dataclasses included, is a leaf.
 """
 
 from __future__ import annotations

@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 from wavg.checkpoint import Checkpoint, Index, identify
 from wavg.errors import CheckpointFormatError, OutputError
 
-__all__ = ["FORMATS", "Format", "format_of_output", "is_checkpoint_name", "load_module", "open_file"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "format_of_output",
+    "is_checkpoint_name",
+    "load_module",
+    "open_file",
+]
 
 
 class Format(NamedTuple):
@@ -85,7 +92,9 @@ def open_file(
 
 def is_checkpoint_name(path: str) -> bool:
     """Whether a file's name ends like that of a checkpoint this version reads."""
-    return path.endswith(tuple(s for row in FORMATS for s in row.suffixes)) and not _recognised(path)
+    return path.endswith(tuple(s for row in FORMATS for s in row.suffixes)) and not _recognised(
+        path
+    )
 
 
 def format_of_output(path: str) -> Format:

@@ -1,8 +1,8 @@
 """Keras' legacy HDF5 layout: what ``model.save("x.h5")`` writes in Keras 2, tf_keras and Keras 3.
 
 A group (``model_weights``, or the root of a weights-only file) has ``layer_names``; each layer's
-group has ``weight_names``; ``top_level_model_weights`` holds the model's own. A tensor's name is its
-path below that group, ``dense/sequential/dense/kernel``: weight names alone repeat between layers.
+group has ``weight_names``; ``top_level_model_weights`` holds the model's own. A tensor's name is
+its path below that group, ``dense/sequential/dense/kernel``: weight names alone repeat across layers.
 
 HDF5 is not safe on hostile files. Every path component must be a hard link, every dataset plain
 numbers stored contiguously in this file. An HDF5 type has no bfloat16: such a dataset is opaque,
@@ -31,9 +31,7 @@ _DEEPEST = 32
 _METADATA_CACHE = 1 << 20
 
 
-def read_index(
-    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
-) -> Index:
+def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
     """Walk the layers' lists of names and find where each dataset's bytes lie."""
     identity = identify(path)
     with _open(path) as file:
@@ -50,14 +48,14 @@ def read_index(
             by_path = {spec.name: spec for spec in tensors}
             pairs = [text.partition("\n") for text in names]
             if sorted(stored for stored, _, _ in pairs) != sorted(by_path):
-                raise CheckpointFormatError(f"{path}: {_NAMES} does not list its tensors", path=path)
+                raise CheckpointFormatError(
+                    f"{path}: {_NAMES} does not list its tensors", path=path
+                )
             tensors = [by_path[stored]._replace(name=name or stored) for stored, _, name in pairs]
         if len({spec.name for spec in tensors}) != len(tensors):
             raise CheckpointFormatError(f"{path}: a tensor is listed twice", path=path)
         others = walk.layer(file, _OPTIMIZER, f"{_OPTIMIZER}/") if _OPTIMIZER in file else []
-        metadata = {
-            key: value for key in file.attrs if isinstance(value := file.attrs[key], str)
-        }
+        metadata = {key: value for key in file.attrs if isinstance(value := file.attrs[key], str)}
     return Index("keras-h5", (identity,), tuple(tensors), tuple(others), metadata)
 
 
@@ -100,7 +98,9 @@ def _names(path: str, group: Any, attribute: str) -> list[str]:
     for value in (value for piece in pieces for value in np.atleast_1d(piece)):
         text = value.decode("utf-8", "strict") if isinstance(value, bytes) else value
         if not isinstance(text, str):
-            raise CheckpointFormatError(f"{path}: {attribute} holds {value!r}, not a name", path=path)
+            raise CheckpointFormatError(
+                f"{path}: {attribute} holds {value!r}, not a name", path=path
+            )
         names.append(text)
     return names
 
@@ -146,7 +146,8 @@ class _Walk:
         properties = dataset.get_create_plist()
         if properties.get_layout() != h5py.h5d.CONTIGUOUS:
             raise self._bad(
-                name, "is stored in chunks or otherwise; this version reads contiguous datasets only"
+                name,
+                "is stored in chunks or otherwise; this version reads contiguous datasets only",
             )
         if properties.get_external_count():
             raise self._bad(name, "is stored in another file, which is not read")
@@ -157,8 +158,9 @@ class _Walk:
             raise self._bad(name, "was never written")
         if stored != spec.nbytes or offset + stored > self._size:
             raise self._bad(
-                name, f"is {spec.describe()}, {spec.nbytes} bytes, but {stored} are stored at "
-                f"{offset} of {self._size}"
+                name,
+                f"is {spec.describe()}, {spec.nbytes} bytes, but {stored} are stored at "
+                f"{offset} of {self._size}",
             )
         return spec._replace(extent=Extent(0, int(offset), int(stored)))
 
@@ -191,7 +193,7 @@ class _Walk:
 def patch(
     reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, path: str
 ) -> Template:
-    """Replace the numbers of `specs`; other dtypes, or leaving the optimizer out, need a new file."""
+    """Replace the numbers of `specs`; other dtypes, or no optimizer, need a new file."""
     index = reference.index
     originals = {spec.name: reference.spec(spec.name) for spec in specs}
     if keep_others and all(spec.dtype == originals[spec.name].dtype for spec in specs):

@@ -29,9 +29,7 @@ _COPY_BYTES = 1 << 20
 _LOCAL = b"PK\x03\x04"
 
 
-def read_index(
-    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
-) -> Index:
+def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
     """Read the members' headers, and check the members' checksums, which costs one reading."""
     identity = identify(path)
     specs: list[TensorSpec] = []
@@ -82,7 +80,9 @@ def _spec(
     spec = TensorSpec(name, dtype, shape, None, fortran and len(shape) > 1)
     if header + spec.nbytes != info.file_size:
         raise _bad(
-            path, name, f"is {spec.describe()}, {spec.nbytes} bytes, but has {info.file_size - header}"
+            path,
+            name,
+            f"is {spec.describe()}, {spec.nbytes} bytes, but has {info.file_size - header}",
         )
     if info.compress_type == zipfile.ZIP_STORED:
         offset = _payload_offset(path, raw, info) + header
@@ -99,9 +99,7 @@ def _payload_offset(path: str, raw: IO[bytes], info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + int(name_length) + int(extra_length)
 
 
-def _read_header(
-    path: str, member: IO[bytes], name: str
-) -> tuple[tuple[int, ...], bool, Any, int]:
+def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, Any, int]:
     magic = member.read(8)
     if magic[:6] != b"\x93NUMPY" or len(magic) < 8 or magic[6] not in (1, 2, 3):
         raise _bad(path, name, "is not an .npy array")
@@ -155,7 +153,8 @@ class _Deflated:
     def __init__(self, path: str) -> None:
         self._archive = zipfile.ZipFile(path)
         self._lock = threading.Lock()
-        self._name, self._stream, self._header = "", None, 0
+        self._name, self._header = "", 0
+        self._stream: IO[bytes] | None = None
 
     def read(self, spec: TensorSpec, start: int, out: npt.NDArray[Any]) -> None:
         with self._lock:

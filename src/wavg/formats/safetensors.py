@@ -23,9 +23,7 @@ _BY_CODE = {entry.code: entry for entry in DTYPES if entry.code}
 _METADATA = "__metadata__"
 
 
-def read_index(
-    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
-) -> Index:
+def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
     """Read and check a file's header; the data is not touched."""
     identity = identify(path)
     with open(path, "rb") as file:
@@ -51,7 +49,9 @@ def read_index(
 
 
 def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatError:
-    return CheckpointFormatError(f"{path}: not a sound safetensors file: {why}", path=path, tensor=tensor)
+    return CheckpointFormatError(
+        f"{path}: not a sound safetensors file: {why}", path=path, tensor=tensor
+    )
 
 
 def _parse(path: str, raw: bytes) -> dict[str, Any]:
