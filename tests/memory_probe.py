@@ -15,19 +15,24 @@ def status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-inputs, output, weights, max_memory = sys.argv[1:]
-before = status("VmRSS")
-report = wavg.average_checkpoints(
-    inputs, output, weights=weights, max_memory=max_memory, overwrite=True
-)
-print(
-    json.dumps(
-        {
-            "measured": status("VmHWM") - before,
-            "projected": report.plan.projected_memory,
-            "allowed": report.plan.options.max_memory,
-            "bytes_read": report.plan.bytes_read,
-        }
+def main() -> None:
+    inputs, output, weights, max_memory = sys.argv[1:]
+    before = status("VmRSS")
+    report = wavg.average_checkpoints(
+        inputs, output, weights=weights, max_memory=max_memory, overwrite=True
     )
-)
-os._exit(0)
+    print(
+        json.dumps(
+            {
+                "measured": status("VmHWM") - before,
+                "projected": report.plan.projected_memory,
+                "allowed": report.plan.options.max_memory,
+                "bytes_read": report.plan.bytes_read,
+            }
+        )
+    )
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -160,8 +160,8 @@ of the newest n:
 
 {table(result)}
 
-Alone, a checkpoint scores between {low:.3f} and {high:.3f}, {np.mean(result.single):.3f} on average:
-which one you get is luck. The {name} average of all {KEPT} scores {scores[-1]:.3f}.
+Alone, a checkpoint scores between {low:.3f} and {high:.3f}, {np.mean(result.single):.3f} on
+average: which one you get is luck. The {name} average of all {KEPT} scores {scores[-1]:.3f}.
 (One run with one seed: your own held-out data decides.)
 
 picture: {picture}

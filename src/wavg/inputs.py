@@ -74,7 +74,7 @@ def _expand_one(name: str, output: str | None) -> list[str]:
         kinds = {os.path.splitext(path)[1] for path in files}
         if len(kinds) > 1:
             raise WavgError(
-                f"the folder {name} holds several kinds of checkpoints ({', '.join(sorted(kinds))}); "
+                f"the folder {name} holds several kinds of files ({', '.join(sorted(kinds))}); "
                 f"name one with a glob, such as {name.rstrip(os.sep)}/*{min(kinds)}",
                 path=name,
             )

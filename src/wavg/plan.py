@@ -309,8 +309,8 @@ def _refuse_quantised(reference: Index, options: Options) -> None:
         if found is not None:
             raise WavgError(
                 f"{reference.path}: {spec.name} holds quantised codes ({spec.dtype}) with the "
-                f"scale {found}: their average has no meaning. Average the checkpoints before they are "
-                "quantised, or exclude both",
+                f"scale {found}: their average has no meaning. Average the checkpoints before "
+                "they are quantised, or exclude both",
                 path=reference.path,
                 tensor=spec.name,
             )

@@ -2,7 +2,7 @@
 
 A group (``model_weights``, or the root of a weights-only file) has ``layer_names``; each layer's
 group has ``weight_names``; ``top_level_model_weights`` holds the model's own. A tensor's name is
-its path below that group, ``dense/sequential/dense/kernel``: weight names alone repeat across layers.
+its path below that group, ``dense/sequential/dense/kernel``: weight names alone repeat.
 
 HDF5 is not safe on hostile files. Every path component must be a hard link, every dataset plain
 numbers stored contiguously in this file. An HDF5 type has no bfloat16: such a dataset is opaque,

@@ -1,0 +1,165 @@
+"""What the benchmarks share: a Llama-shaped model, the copy limit, processes timed and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+import wavg
+from wavg.dtypes import lookup
+
+RESULTS = Path(__file__).parent / "results"
+READ = 1 << 20
+
+
+def llama_shapes(width=1024, layers=8, vocabulary=16_000, hidden=2816) -> dict[str, tuple]:
+    """Tensors of a Llama-shaped model; the defaults have 74 of them and 119 M parameters."""
+    shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q", "k", "v", "o"):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (width, width)
+        for name in ("gate", "up"):
+            shapes[f"{prefix}mlp.{name}_proj.weight"] = (hidden, width)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (width, hidden)
+        shapes[f"{prefix}input_layernorm.weight"] = (width,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (width,)
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
+def make_run(folder: Path, dtype: str, shapes: dict, count: int = 10, suffix=".safetensors") -> list:
+    """Save checkpoints as of one run: a common model, and noise a tenth its size; kept if there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"model_{step}{suffix}" for step in range(1, count + 1)]
+    if all(path.exists() for path in paths):
+        return paths
+    rng = np.random.default_rng(0)
+    base = {n: rng.standard_normal(s, np.float32) * np.float32(0.02) for n, s in shapes.items()}
+    for path in paths:
+        model = {
+            name: (array + rng.standard_normal(array.shape, np.float32) * np.float32(0.002)).astype(
+                lookup(dtype).numpy
+            )
+            for name, array in base.items()
+        }
+        wavg.save(path, model, overwrite=True)
+    return paths
+
+
+def copy_limit(paths: Sequence[Path], outputs: Sequence[Path], threads: int = 2) -> None:
+    """Read every input and write outputs of the last one's size, with no arithmetic; fsync."""
+    size = os.path.getsize(paths[-1])
+    sources = [os.open(path, os.O_RDONLY) for path in paths]
+    targets = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644) for path in outputs]
+    for target in targets:
+        os.ftruncate(target, size)
+
+    def work(start: int) -> None:
+        buffer = bytearray(READ)
+        for offset in range(start, size, READ * threads):
+            for source in sources:
+                os.preadv(source, [buffer], offset)
+            data = memoryview(buffer)[: min(READ, size - offset)]
+            for target in targets:
+                os.pwrite(target, data, offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(0, READ * threads, READ)))
+    for target in targets:
+        os.fsync(target)
+    for descriptor in sources + targets:
+        os.close(descriptor)
+
+
+def time_once(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list]:
+    """Time functions in turns after one warm-up each, so that a slow minute hits all of them."""
+    for function in functions.values():
+        function()
+    times: dict[str, list] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(time_once(function))
+    return times
+
+
+def run_process(arguments: Sequence[str]) -> tuple[float, int]:
+    """Run a command; return seconds and the peak of its memory in bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    if process.returncode:
+        raise RuntimeError(f"{arguments} failed: {errors}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def read_all(paths: Sequence[Path]) -> None:
+    """Bring files into the page cache."""
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(READ):
+                pass
+
+
+def median(times: Sequence[float]) -> float:
+    return statistics.median(times)
+
+
+def spread(times: Sequence[float]) -> str:
+    return f"{median(times):.2f} s ({min(times):.2f}–{max(times):.2f})"
+
+
+def machine(cache: str) -> dict:
+    """What a figure depends on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""
+    )
+    packages = ("wavg", "numpy", "safetensors", "h5py", "ml_dtypes", "torch", "mergekit")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "page_cache": cache,
+    }
+
+
+def record(name: str, cache: str, figures: object) -> None:
+    """Keep figures as JSON beside what they depend on."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(cache), "figures": figures}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def own_peak() -> int:
+    """Return this process's peak memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
