@@ -450,9 +450,7 @@ def test_a_common_factor_of_the_weights_does_not_matter(data):
 @given(data=st.data())
 def test_a_model_of_weight_zero_counts_for_nothing(data):
     given = data.draw(models(4))
-    assert_same_tree(
-        wavg.average(given, [1, 0, 2, 0]), wavg.average([given[0], given[2]], [1, 2])
-    )
+    assert_same_tree(wavg.average(given, [1, 0, 2, 0]), wavg.average([given[0], given[2]], [1, 2]))
 
 
 # JAX

@@ -282,9 +282,7 @@ def test_a_mismatch_lists_its_differences_below(run):
 def test_a_damaged_input_is_told_in_one_line(run):
     with open("m_11.safetensors", "wb") as file:
         file.write(b"<!doctype html><p>Please log in")
-    assert_fails(
-        run("average", *FILES, "m_11.safetensors", "-o", "a.npz"), "this is a web page"
-    )
+    assert_fails(run("average", *FILES, "m_11.safetensors", "-o", "a.npz"), "this is a web page")
 
 
 @pytest.mark.parametrize(
@@ -352,9 +350,7 @@ def test_weights_for_n_checkpoints(run):
     code, out, err = run("weights", "linear", "-n", 4)
     assert (code, err) == (0, "")
     assert [row[:2] for row in chart(out)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
-    assert out.splitlines()[-1] == (
-        "weights linear: effective number 3.33 of 4, mean age 1 steps"
-    )
+    assert out.splitlines()[-1] == ("weights linear: effective number 3.33 of 4, mean age 1 steps")
 
 
 @pytest.mark.parametrize("spec", ["equal", "linear", "exponential:alpha=3", "5,0,1,-2,9,1,1"])

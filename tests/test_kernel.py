@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import reference
 import strategies
 from wavg import kernel
+from wavg.rounding import round_to
 from wavg.dtypes import lookup
 from wavg.errors import NonFiniteError, WavgError, WeightError
 from wavg.kernel import Combination, combine
@@ -74,7 +75,7 @@ def test_wide_exponent_spans_where_a_float64_sum_goes_wrong():
     assert_exact(np.arange(1, 11), block)
     # Two large terms cancel and leave what a float64 sum has already lost.
     cancel = np.array([[2.0**100], [1.0], [-(2.0**100)]]).astype(lookup("bfloat16").numpy)
-    assert mean([1, 1, 1], cancel)[0] == kernel.round_to(np.array([1 / 3]), lookup("bfloat16"))[0]
+    assert mean([1, 1, 1], cancel)[0] == round_to(np.array([1 / 3]), lookup("bfloat16"))[0]
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
@@ -182,7 +183,7 @@ def test_round_to_is_correct_at_and_around_every_tie(name):
     middles = (values[1:] + values[:-1]) / 2
     for points in (values, middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)):
         points = points[::17]
-        ours = kernel.round_to(points, entry)
+        ours = round_to(points, entry)
         right = [reference.round_fraction(Fraction(p), entry) for p in points.tolist()]
         np.testing.assert_array_equal(ours.astype(float), right)
 
@@ -212,6 +213,30 @@ def test_the_oracle_itself_sees_a_planted_error():
     assert (
         reference.round_fraction(Fraction(1) + Fraction(3, 2**24), lookup("float32")) == 1 + 2**-22
     )
+
+
+def test_every_finite_float16_widens_exactly():
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    out = np.empty(2**16, np.float32)
+    kernel._widen_half(halves, out)
+    finite = np.isfinite(halves)
+    expected = np.ldexp(halves[finite].astype(np.float64), -112)
+    assert out[finite].astype(np.float64).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@pytest.mark.parametrize("weights", ["ties", "linear", "exponential"])
+def test_whole_tiles_agree_with_the_oracle_on_a_sample(dtype, weights):
+    """Blocks wider than a tile, like those of a real run, by every step of the ladder."""
+    rng = np.random.default_rng(11)
+    base = rng.standard_normal(150_000)
+    block = (base + 0.1 * rng.standard_normal((4, 150_000))).astype(lookup(dtype).numpy)
+    block[:, rng.integers(0, 150_000, 20_000)] = 0.0
+    row = {"ties": np.ones(4), "linear": np.arange(1.0, 5), "exponential": np.exp(np.arange(4) / 2)}
+    ours = mean(row[weights], block)
+    sample = np.unique(np.concatenate([rng.integers(0, 150_000, 3000), np.arange(65530, 65542)]))
+    right = reference.average(row[weights], block[:, sample])
+    assert reference.same_bytes(ours[sample], right)
 
 
 def test_accumulate_keeps_a_running_sum():

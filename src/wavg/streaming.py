@@ -11,7 +11,8 @@ from wavg import tree as pytree
 from wavg import weights as schedules
 from wavg.dtypes import DType, dtype_of
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
-from wavg.kernel import accumulate, round_to
+from wavg.kernel import accumulate
+from wavg.rounding import round_to
 
 __all__ = ["StreamingAverager"]
 
