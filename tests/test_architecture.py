@@ -23,13 +23,16 @@ from wavg import errors
 ROOT = Path(wavg.__file__).parent
 FACE = "wavg"  # `import wavg` itself
 
-# The table of the design, with dtypes and inputs, which it lacks. Everything may import dtypes.
+# The table of the design, with dtypes (which everything may import) and inputs, which it lacks,
+# and the kernel's two parts below it: rounding and exact.
 MAY_IMPORT = {
     "errors": "",
     "dtypes": "errors",
     "tree": "errors",
     "weights": "errors",
-    "kernel": "errors",
+    "rounding": "errors",
+    "exact": "rounding errors",
+    "kernel": "exact rounding errors",
     "average": "tree weights kernel errors",
     "checkpoint": "errors",
     "publish": "errors",
@@ -38,7 +41,7 @@ MAY_IMPORT = {
     "formats": "checkpoint publish errors",
     "inputs": "formats errors",
     "files": "average checkpoint errors formats inputs kernel plan publish stream tree weights",
-    "streaming": "average files tree weights kernel errors",
+    "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,
     "cli": "files sweep demo weights errors inputs",

@@ -266,7 +266,7 @@ def test_ctrl_c_leaves_nothing_behind(run, tmp_path):
 
     glob = run(*kernels(np.ones(5000), np.ones(5000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wavg.stream.combine", lambda *_, **__: interrupt(0))
+        patch.setattr("wavg.stream.Combiner.__call__", lambda *_: interrupt(0))
         with pytest.raises(KeyboardInterrupt):
             wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert not [name for name in os.listdir(tmp_path) if "avg" in name]

@@ -170,21 +170,30 @@ class LazyTensor:
 class Checkpoint(Mapping[str, LazyTensor]):
     """An open checkpoint: an ordered mapping from names to lazy tensors.
 
-    Use it in a ``with`` statement. Reading is positional, so threads can share it.
+    Use it in a ``with`` statement. Reading is positional, so threads can share it; pickling sends
+    the index, and the files are opened anew, and compared, where it arrives.
     """
 
-    def __init__(self, index: Index, block_reader: BlockReader | None = None) -> None:
+    def __init__(
+        self, index: Index, block_reader: Callable[[Index], BlockReader] | None = None
+    ) -> None:
         self.index = index
-        self._block_reader = block_reader
+        self._make_block_reader = block_reader
+        self._block_reader: BlockReader | None = None
         self._by_name: dict[str, TensorSpec] | None = None
         self._descriptors: list[int] = []
         try:
             for identity in index.files:
                 self._descriptors.append(os.open(identity.path, os.O_RDONLY | _O_BINARY))
             self.verify_unchanged()
+            if block_reader is not None and any(spec.extent is None for spec in index.tensors):
+                self._block_reader = block_reader(index)
         except BaseException:
             self.close()
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Checkpoint, (self.index, self._make_block_reader)  # opened anew where it arrives
 
     @property
     def path(self) -> str:

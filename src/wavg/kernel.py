@@ -137,9 +137,9 @@ def tile_width(inputs: int, outputs: int = 1) -> int:
     return max(256, min(_WIDEST_TILE, _TILE_ELEMENTS // (inputs + 2 * outputs - 2)))
 
 
-def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType) -> int:
+def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block: int) -> int:
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
-    width = _tile(inputs, outputs, target)
+    width = min(_tile(inputs, outputs, target), 2 * block)  # a complex number is two
     row = inputs * (8 if _start(source, target) == np.float64 else 4)
     row += inputs * 4 * (source.name == "float16")
     dense = (inputs + 20) * 8 if target.precision == 53 else (inputs * 3 + 20) * 8 / _DENSE
@@ -302,7 +302,7 @@ class Combiner:
         columns: slice | npt.NDArray[np.intp],
         out: Array,
     ) -> None:
-        """Steps 2 and 3: settle these columns of a tile, for one row of weights."""
+        """Take steps 2 and 3: settle these columns of a tile, for one row of weights."""
         chosen = raw[:, columns].astype(np.float64)
         bits = self._combination.bits[index]
         if bits >= 0:
@@ -412,9 +412,7 @@ def combine(
     >>> out
     array([[3., 4., 5.]], dtype=float32)
     """
-    combiner = Combiner(
-        combination, _entry(block), _entry(outs), allow_nonfinite=allow_nonfinite
-    )
+    combiner = Combiner(combination, _entry(block), _entry(outs), allow_nonfinite=allow_nonfinite)
     combiner(block, outs)
 
 

@@ -5,10 +5,13 @@ Pure functions from indexes and options to a frozen `Plan`. It touches no file.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +19,27 @@ import numpy.typing as npt
 from wavg.checkpoint import Index, TensorSpec
 from wavg.dtypes import lookup
 from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
+from wavg.kernel import scratch_bytes
 from wavg.weights import Figures, figures
 
-__all__ = ["Decision", "Options", "Plan", "PlannedInput", "make_plan", "parse_size"]
+__all__ = [
+    "Decision",
+    "Options",
+    "Plan",
+    "PlannedInput",
+    "Run",
+    "make_plan",
+    "make_runs",
+    "parse_size",
+]
 
 MIB = 1 << 20
-_LARGEST_BLOCK = 262_144  # elements; reads of 1 MiB of float32 were the cheapest
+_LARGEST_BLOCK = 65_536  # elements: what the kernel takes at once; more did not read faster
 _SMALLEST_BLOCK = 1_024
 # Measured by tests/test_memory.py, which fails if a run needs more than its plan says.
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
 _HDF5_BYTES = 22 * MIB  # h5py and the HDF5 library
-_WORKER_BYTES = 6 * MIB  # the kernel's scratch: one widened tile and what settling needs
+_WORKER_BYTES = 1 * MIB  # a thread, and what it holds besides the kernel's scratch
 _SPEC_BYTES = 900  # an index entry in memory
 
 
@@ -89,6 +102,75 @@ class Decision:
     reason: str
     output: TensorSpec
     compare: bool = False
+
+
+class Run(NamedTuple):
+    """Neighbouring tensors to average that every input stores in one piece; read as one.
+
+    Attributes
+    ----------
+    decisions, starts
+        The tensors, and where each begins in the run, in elements.
+    sources
+        In every input, one long tensor.
+    size
+        Elements in all.
+    """
+
+    decisions: tuple[Decision, ...]
+    starts: tuple[int, ...]
+    sources: tuple[TensorSpec, ...]
+    size: int
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Decision, int, int, int]]:
+        """Yield (tensor, its first element, first and end in the run) of a part of the run."""
+        position = bisect.bisect_right(self.starts, start) - 1
+        while start < stop:
+            decision, begin = self.decisions[position], self.starts[position]
+            end = min(stop, begin + decision.spec.size)
+            yield decision, start - begin, start, end
+            start, position = end, position + 1
+
+
+def make_runs(decisions: Sequence[Decision]) -> Iterator[Run]:
+    """Join the tensors to average where neighbours lie side by side in every input."""
+    chosen = [d for d in decisions if d.action == "average" and d.spec.size]
+    chosen.sort(key=lambda d: (d.spec.extent is None, d.spec.extent))
+    group: list[Decision] = []
+    for decision in chosen:
+        if group and not _adjoins(group[-1], decision):
+            yield _join(group)
+            group = []
+        group.append(decision)
+    if group:
+        yield _join(group)
+
+
+def _adjoins(a: Decision, b: Decision) -> bool:
+    if a.spec.dtype != b.spec.dtype or a.output.dtype != b.output.dtype:
+        return False
+    for left, right in zip(a.sources, b.sources, strict=True):
+        if left.extent is None or right.extent is None:
+            return False
+        file, offset, length = left.extent
+        if right.extent.file != file or right.extent.offset != offset + length:
+            return False
+        if left is a.sources[-1] and all(spec is left for spec in a.sources):
+            return all(spec is right for spec in b.sources)  # one layout for all inputs
+    return True
+
+
+def _join(group: Sequence[Decision]) -> Run:
+    starts = tuple(itertools.accumulate((d.spec.size for d in group[:-1]), initial=0))
+    size = starts[-1] + group[-1].spec.size
+    if len(group) == 1:
+        return Run(tuple(group), starts, group[0].sources, size)
+    sources = []
+    for first in group[0].sources:
+        assert first.extent is not None  # only extents adjoin
+        extent = first.extent._replace(length=size * first.entry.itemsize)
+        sources.append(first._replace(shape=(size,), extent=extent, fortran=False))
+    return Run(tuple(group), starts, tuple(sources), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,26 +406,41 @@ def _fit(
     indexes: Sequence[Index], decisions: Sequence[Decision], options: Options
 ) -> tuple[int, int, int]:
     """Choose block and workers for the budget; return them with the projected memory."""
-    itemsize = max(decision.spec.entry.bits for decision in decisions) // 8 or 1
-    out = max(decision.output.entry.bits for decision in decisions) // 8 or 1
-    row_bytes = len(indexes) * itemsize + out
     distinct = {id(index.tensors): len(index.tensors) for index in indexes}
     others = sum(len(index.others) for index in indexes)
     fixed = _BASE_BYTES + _SPEC_BYTES * (sum(distinct.values()) + others)
     if any(index.format == "keras-h5" for index in indexes):
         fixed += _HDF5_BYTES
-    largest = max(decision.spec.size for decision in decisions)
-    wanted = max(1, min(_LARGEST_BLOCK, largest))
+    total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
+    wanted = max(1, min(_LARGEST_BLOCK, total))
     for workers in range(options.workers, 0, -1):
-        room = (options.max_memory - fixed) // workers - _WORKER_BYTES
-        block = min(wanted, room // row_bytes)
-        if block >= min(wanted, _SMALLEST_BLOCK * 8 if workers > 1 else _SMALLEST_BLOCK):
-            return block, workers, fixed + workers * (_WORKER_BYTES + block * row_bytes)
-    needed = fixed + _WORKER_BYTES + min(wanted, _SMALLEST_BLOCK) * row_bytes
+        block = wanted
+        while block >= min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK):
+            projected = fixed + workers * _worker_bytes(len(indexes), decisions, block)
+            if projected <= options.max_memory:
+                return block, workers, projected
+            block //= 2
+    needed = fixed + _worker_bytes(len(indexes), decisions, min(wanted, _SMALLEST_BLOCK))
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
         f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
         "max_memory (--max-memory)",
         needed=needed,
         allowed=options.max_memory,
+    )
+
+
+def _worker_bytes(inputs: int, decisions: Sequence[Decision], block: int) -> int:
+    """Bound what one worker holds: a block of every input and of the output, and scratch."""
+    kinds = {
+        (d.action, d.spec.entry, d.output.entry)
+        for d in decisions
+        if d.action == "average" or d.compare
+    }
+    return _WORKER_BYTES + max(
+        block * (inputs * source.itemsize + target.itemsize)
+        + scratch_bytes(inputs, 1, source.component, target.component, block)
+        if action == "average"
+        else 2 * block * max(1, source.itemsize)
+        for action, source, target in kinds
     )

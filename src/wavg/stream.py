@@ -5,28 +5,26 @@ It knows no format and no schedule. Memory is a few buffers a worker, whatever t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Sink
+from wavg.checkpoint import Checkpoint, Sink, TensorSpec
 from wavg.errors import NonFiniteError, StructureMismatchError
-from wavg.kernel import Combination, combine
-from wavg.plan import Decision, Plan
+from wavg.kernel import Combination, Combiner
+from wavg.plan import Decision, Plan, Run, make_runs
 
 __all__ = ["run"]
 
 Array = npt.NDArray[Any]
 
-
-class _Task(NamedTuple):
-    decision: Decision
-    start: int
-    stop: int
+_CHUNK_BYTES = 32 << 20  # read for one submission to the executor: some milliseconds of work
 
 
 def run(
@@ -48,9 +46,10 @@ def run(
     sink
         Takes the results.
     executor
-        Runs the plan's workers; threads of its own by default.
+        Runs the plan's workers; threads of its own by default. For a pool of processes, the sink
+        has to be one that can be pickled.
     progress
-        Called with the number of bytes each finished block has read.
+        Called with numbers of bytes read, as the work goes on.
 
     Returns
     -------
@@ -64,92 +63,170 @@ def run(
     StructureMismatchError
         Integers differ, and the plan's policy is to refuse that.
     """
-    crew = _Crew(plan, checkpoints, sink, progress)
-    if executor is None:
-        with ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg") as pool:
-            crew.work_on(pool)
-    else:
-        crew.work_on(executor)
-    return [d.spec.name for d in plan.decisions if d.spec.name in crew.differing]
-
-
-class _Crew:
-    """Workers that take tasks from one list until it is empty or one of them fails."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        checkpoints: Sequence[Checkpoint],
-        sink: Sink,
-        progress: Callable[[int], object] | None,
-    ) -> None:
-        self._plan, self._checkpoints, self._sink = plan, checkpoints, sink
-        self._progress = progress
-        self._combination = Combination.of(plan.coefficients)
-        self._tasks = _tasks(plan, sink)
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self.differing: set[str] = set()
-
-    def work_on(self, executor: Executor) -> None:
-        futures = [executor.submit(self._worker) for _ in range(self._plan.workers)]
-        try:
-            wait(futures)
-        finally:
-            self._stop.set()  # Ctrl-C in the line above: let the workers end at their next block
-        for future in futures:
-            future.result()
-
-    def _worker(self) -> None:
-        buffer = np.empty(0, np.uint8)
-        try:
-            while (task := self._next()) is not None:
-                needed = _buffer_bytes(self._plan, task)
-                if needed > buffer.nbytes:
-                    buffer = np.empty(needed, np.uint8)
-                read = (
-                    self._average(task, buffer)
-                    if task.decision.action == "average"
-                    else (self._carry(task, buffer))
-                )
-                if self._progress is not None:
-                    with self._lock:
-                        self._progress(read)
-        finally:
-            self._stop.set()
-
-    def _next(self) -> _Task | None:
-        with self._lock:
-            return None if self._stop.is_set() else next(self._tasks, None)
-
-    def _average(self, task: _Task, buffer: Array) -> int:
-        decision, count = task.decision, task.stop - task.start
-        component = decision.spec.entry.component
-        parts = decision.spec.entry.bits // component.bits  # 2 for complex numbers
-        rows = len(self._checkpoints)
-        block = _take(buffer, (rows, count * parts), component.numpy)
-        for checkpoint, spec, row in zip(self._checkpoints, decision.sources, block, strict=True):
-            checkpoint.read(spec, task.start, row.view(spec.entry.numpy))
-        dtype = decision.output.entry
-        out = _take(buffer[_aligned(block.nbytes) :], (1, count * parts), dtype.component.numpy)
-        try:
-            combine(
-                self._combination, block, out, allow_nonfinite=self._plan.options.allow_nonfinite
+    job = _Job(plan, checkpoints, sink)
+    differing: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_single_blas_thread())
+        if executor is None:
+            executor = stack.enter_context(
+                ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
+        for outcome in _submit_all(executor, job, _chunks(plan, sink), plan.workers):
+            differing |= outcome.differing
+            if progress is not None:
+                progress(outcome.bytes_read)
+    return [d.spec.name for d in plan.decisions if d.spec.name in differing]
+
+
+class _Average(NamedTuple):
+    """A part of a run to be averaged."""
+
+    run: Run
+    start: int
+    stop: int
+
+
+class _Carry(NamedTuple):
+    """A part of a tensor to be carried over, compared, or both."""
+
+    decision: Decision
+    start: int
+    stop: int
+
+
+class _Outcome(NamedTuple):
+    bytes_read: int
+    differing: set[str]
+
+
+def _chunks(plan: Plan, sink: Sink) -> Iterator[list[_Average | _Carry]]:
+    """Group the work so that a submission is worth its cost, and neighbours stay together."""
+    chunk: list[_Average | _Carry] = []
+    size = 0
+    tasks: Iterator[_Average | _Carry] = itertools.chain(_averages(plan), _carries(plan, sink))
+    for task in tasks:
+        chunk.append(task)
+        spec = task.run.sources[0] if isinstance(task, _Average) else task.decision.spec
+        size += (task.stop - task.start) * max(1, spec.entry.itemsize) * len(plan.inputs)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _averages(plan: Plan) -> Iterator[_Average]:
+    for piece in make_runs(plan.decisions):
+        for start in range(0, piece.size, plan.block):
+            yield _Average(piece, start, min(piece.size, start + plan.block))
+
+
+def _carries(plan: Plan, sink: Sink) -> Iterator[_Carry]:
+    for decision in plan.carried:
+        if decision.compare or sink.wants(decision.spec.name):
+            # Sub-byte numbers are only ever moved and compared, as bytes.
+            spec = decision.spec
+            size = spec.nbytes if spec.entry.bits % 8 else spec.size
+            for start in range(0, size, plan.block):
+                yield _Carry(decision, start, min(size, start + plan.block))
+
+
+def _submit_all(
+    executor: Executor, job: _Job, chunks: Iterator[list[_Average | _Carry]], workers: int
+) -> Iterator[_Outcome]:
+    """Keep the workers busy; whatever goes wrong, return only when none is at work."""
+    pending: set[Future[_Outcome]] = set()
+    try:
+        while True:
+            for chunk in itertools.islice(chunks, 2 * workers - len(pending)):
+                pending.add(executor.submit(job, chunk))
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        job.stop.set()
+        for future in pending:
+            future.cancel()
+        wait(pending)
+
+
+class _Job:
+    """What the workers share. Scratch memory belongs to a thread; processes get a pickled copy."""
+
+    def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint], sink: Sink) -> None:
+        self._plan, self._checkpoints, self._sink = plan, checkpoints, sink
+        self._combination = Combination.of(plan.coefficients)
+        self._scratch = threading.local()
+        self.stop = threading.Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Job, (self._plan, self._checkpoints, self._sink)
+
+    def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
+        """Do a chunk; ends early once `stop` is set."""
+        read, differing = 0, set()
+        for task in chunk:
+            if self.stop.is_set():
+                break
+            outcome = self._average(task) if isinstance(task, _Average) else self._carry(task)
+            read += outcome.bytes_read
+            differing |= outcome.differing
+        return _Outcome(read, differing)
+
+    def _buffer(self, size: int) -> Array:
+        buffer: Array | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.nbytes < size:
+            self._scratch.buffer = buffer = None  # free before allocating
+            self._scratch.buffer = buffer = np.empty(size, np.uint8)
+        return buffer[:size]
+
+    def _combiner(self, source: Any, target: Any) -> Combiner:
+        combiners: dict[tuple[str, str], Combiner] = self._scratch.__dict__.setdefault("made", {})
+        key = source.name, target.name
+        if key not in combiners:
+            combiners.clear()  # one at a time: its scratch memory is what the plan counts
+            combiners[key] = Combiner(
+                self._combination,
+                source,
+                target,
+                allow_nonfinite=self._plan.options.allow_nonfinite,
+            )
+        return combiners[key]
+
+    def _average(self, task: _Average) -> _Outcome:
+        piece, count = task.run, task.stop - task.start
+        entry, output = piece.sources[0].entry, piece.decisions[0].output.entry
+        source, target = entry.component, output.component
+        parts = entry.bits // source.bits  # 2 for complex numbers
+        rows = len(self._checkpoints)
+        taken = _aligned(rows * count * entry.itemsize)
+        buffer = self._buffer(taken + count * output.itemsize)
+        block = _view(buffer, (rows, count * parts), source.numpy)
+        for checkpoint, spec, row in zip(self._checkpoints, piece.sources, block, strict=True):
+            checkpoint.read(spec, task.start, row.view(entry.numpy))
+        outs = _view(buffer[taken:], (1, count * parts), target.numpy)
+        try:
+            self._combiner(source, target)(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
-        self._sink.write(decision.spec.name, task.start, out[0].view(dtype.numpy))
-        return int(block.nbytes)
+        values = outs[0].view(output.numpy)
+        for decision, first, start, stop in piece.pieces(task.start, task.stop):
+            part = values[start - task.start : stop - task.start]
+            self._sink.write(decision.spec.name, first, part)
+        return _Outcome(block.nbytes, set())
 
-    def _located(self, error: NonFiniteError, task: _Task, parts: int) -> NonFiniteError:
-        spec = task.decision.spec
+    def _located(self, error: NonFiniteError, task: _Average, parts: int) -> NonFiniteError:
         index = task.start + error.index // parts
-        place = np.unravel_index(index, spec.shape, order="F" if spec.fortran else "C")
+        decision, first, _, _ = next(task.run.pieces(index, index + 1))
+        spec = decision.spec
+        place = np.unravel_index(first, spec.shape, order="F" if spec.fortran else "C")
         where = f"{spec.name}[{', '.join(map(str, place))}]"
         details = {"tensor": spec.name, "index": tuple(map(int, place))}
         if error.input is None:
             return NonFiniteError(
-                f"the average at {where} does not fit {task.decision.output.dtype}; "
+                f"the average at {where} does not fit {decision.output.dtype}; "
                 "choose a wider one with dtype (--dtype)",
                 **details,
             )
@@ -161,65 +238,83 @@ class _Crew:
             **details,
         )
 
-    def _carry(self, task: _Task, buffer: Array) -> int:
-        decision = task.decision
-        unit = 1 if decision.spec.entry.bits % 8 else decision.spec.entry.itemsize
-        count = (task.stop - task.start) * unit
-        kept, other = buffer[:count], buffer[count : 2 * count]
-        dtype = np.dtype(np.uint8) if unit == 1 else decision.spec.entry.numpy
-        reference = self._checkpoints[-1]
-        reference.read(decision.sources[-1], task.start, kept.view(dtype))
-        read = count
-        if decision.compare and decision.spec.name not in self.differing:
-            for checkpoint, spec in zip(self._checkpoints[:-1], decision.sources, strict=False):
-                checkpoint.read(spec, task.start, other.view(dtype))
-                read += count
-                if not np.array_equal(kept, other):
-                    self._differs(decision, checkpoint.path)
-                    break
-        if self._sink.wants(decision.spec.name):
-            self._sink.write(decision.spec.name, task.start, kept.view(dtype))
-        return read
+    def _carry(self, task: _Carry) -> _Outcome:
+        """Write the reference's numbers where they are wanted; compare the others with them."""
+        spec = task.decision.spec
+        reference = self._read(task, -1, 0)
+        if self._sink.wants(spec.name):
+            self._sink.write(spec.name, task.start, reference)
+        if not task.decision.compare:
+            return _Outcome(reference.nbytes, set())
+        differing = set()
+        for position, checkpoint in enumerate(self._checkpoints[:-1]):
+            values = self._read(task, position, 1)
+            if not np.array_equal(values.view(np.uint8), reference.view(np.uint8)):
+                differing.add(spec.name)
+                self._refuse_difference(spec, checkpoint.path)
+        return _Outcome(reference.nbytes * len(self._checkpoints), differing)
 
-    def _differs(self, decision: Decision, path: str) -> None:
-        spec = decision.spec
-        self.differing.add(spec.name)
-        if self._plan.options.integers == "error" or spec.entry.kind == "code":
-            advice = (
-                "exclude it to take the newest's"
-                if spec.entry.kind == "code"
-                else "integers='reference' (--integers reference) takes the newest's"
-            )
-            raise StructureMismatchError(
-                f"{spec.name} is {spec.dtype}, which is not averaged, and differs between {path} "
-                f"and {self._checkpoints[-1].path}; {advice}",
-                path=path,
-                tensor=spec.name,
-            )
+    def _read(self, task: _Carry, which: int, half: int) -> Array:
+        entry = task.decision.spec.entry
+        dtype = np.dtype(np.uint8) if entry.bits % 8 else entry.numpy
+        size = (task.stop - task.start) * dtype.itemsize
+        values = self._buffer(2 * size)[half * size : (half + 1) * size].view(dtype)
+        self._checkpoints[which].read(task.decision.sources[which], task.start, values)
+        return values
 
-
-def _tasks(plan: Plan, sink: Sink) -> Iterator[_Task]:
-    for decision in plan.decisions:
-        if decision.action == "average" or decision.compare or sink.wants(decision.spec.name):
-            # Sub-byte numbers are only ever moved and compared, as bytes.
-            size = decision.spec.nbytes if decision.spec.entry.bits % 8 else decision.spec.size
-            for start in range(0, size, plan.block):
-                yield _Task(decision, start, min(size, start + plan.block))
-
-
-def _buffer_bytes(plan: Plan, task: _Task) -> int:
-    count = task.stop - task.start
-    if task.decision.action == "average":
-        rows = len(plan.inputs) * count * task.decision.spec.entry.itemsize
-        return _aligned(rows) + count * task.decision.output.entry.itemsize
-    return 2 * count * max(1, task.decision.spec.entry.itemsize)
+    def _refuse_difference(self, spec: TensorSpec, path: str) -> None:
+        if spec.entry.kind == "code":
+            advice = "exclude it to take the newest's"
+        elif self._plan.options.integers == "error":
+            advice = "integers='reference' (--integers reference) takes the newest's"
+        else:
+            return
+        raise StructureMismatchError(
+            f"{spec.name} is {spec.dtype}, which is not averaged, and differs between {path} and "
+            f"{self._checkpoints[-1].path}; {advice}",
+            path=path,
+            tensor=spec.name,
+        )
 
 
 def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _take(buffer: Array, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+def _view(buffer: Array, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
     """View the start of a byte buffer as an array."""
-    count = shape[0] * shape[1] * dtype.itemsize
-    return buffer[:count].view(dtype).reshape(shape)
+    return buffer[: shape[0] * shape[1] * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class _BlasLimit:
+    """Counts who wants BLAS on one thread, and restores it when nobody does any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limiter: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                from threadpoolctl import threadpool_limits
+
+                self._limiter = threadpool_limits(1, user_api="blas")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._limiter.restore_original_limits()
+
+
+_blas_limit = _BlasLimit()
+
+
+def _single_blas_thread() -> _BlasLimit:
+    """Keep BLAS from starting threads beside ours: two workers with two each took 13 times longer.
+
+    The setting is the process's; it is restored at the end.
+    """
+    return _blas_limit

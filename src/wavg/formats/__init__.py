@@ -85,9 +85,7 @@ def open_file(
     index: Index = module.read_index(path, opaque_dtype=opaque_dtype, like=like)
     if like is not None and index.tensors == like.tensors:
         index = dataclasses.replace(index, tensors=like.tensors)
-    make_reader = getattr(module, "block_reader", None)
-    needs_reader = any(spec.extent is None for spec in index.tensors)
-    return Checkpoint(index, make_reader(index) if make_reader and needs_reader else None)
+    return Checkpoint(index, getattr(module, "block_reader", None))
 
 
 def is_checkpoint_name(path: str) -> bool:
