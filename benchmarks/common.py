@@ -39,7 +39,9 @@ def llama_shapes(width=1024, layers=8, vocabulary=16_000, hidden=2816) -> dict[s
     return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
 
 
-def make_run(folder: Path, dtype: str, shapes: dict, count: int = 10, suffix=".safetensors") -> list:
+def make_run(
+    folder: Path, dtype: str, shapes: dict, count: int = 10, suffix=".safetensors"
+) -> list:
     """Save checkpoints as of one run: a common model, and noise a tenth its size; kept if there."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"model_{step}{suffix}" for step in range(1, count + 1)]
@@ -131,17 +133,14 @@ def spread(times: Sequence[float]) -> str:
 
 
 def machine(cache: str) -> dict:
-    """What a figure depends on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""
-    )
+    """Return what a figure depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     packages = ("wavg", "numpy", "safetensors", "h5py", "ml_dtypes", "torch", "mergekit")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    installed = {
+        found.metadata["Name"].lower(): found.version for found in metadata.distributions()
+    }
+    versions = {package: installed.get(package) for package in packages}
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),

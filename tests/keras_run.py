@@ -16,30 +16,36 @@ EVERY_N_AND_SCHEDULE = [(n, text) for n in range(1, EPOCHS + 1) for text in SCHE
 
 
 def plain(keras):
-    return keras.Sequential([
-        keras.Input((2,)),
-        keras.layers.Dense(25, activation="relu"),
-        keras.layers.Dense(3, activation="softmax"),
-    ])
+    return keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(25, activation="relu"),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
 
 
 def normalized(keras):
-    return keras.Sequential([
-        keras.Input((2,)),
-        keras.layers.Dense(25, activation="relu"),
-        keras.layers.BatchNormalization(),
-        keras.layers.Dense(3, activation="softmax"),
-    ])
+    return keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(25, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
 
 
 def nested(keras):
     """An inner model whose arrays the file lists in another order than get_weights()."""
-    inner = keras.Sequential([
-        keras.Input((2,)),
-        keras.layers.Dense(5, activation="tanh"),
-        keras.layers.BatchNormalization(),
-        keras.layers.BatchNormalization(),
-    ])
+    inner = keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(5, activation="tanh"),
+            keras.layers.BatchNormalization(),
+            keras.layers.BatchNormalization(),
+        ]
+    )
     return keras.Sequential([keras.Input((2,)), inner, keras.layers.Dense(3, activation="softmax")])
 
 

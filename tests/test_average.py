@@ -179,7 +179,6 @@ def test_steps_reach_the_schedule():
     assert seen == [[10, 30], [1, 2]]
 
 
-@pytest.mark.xfail(strict=True, reason="reaches the matrix product: a bare ValueError from NumPy")
 @pytest.mark.parametrize("steps", [[1], [1, 2, 3]])
 def test_steps_for_another_number_of_trees_are_refused(steps):
     with pytest.raises(WeightError, match="steps"):
@@ -228,7 +227,7 @@ def test_an_unknown_policy_is_refused():
 def test_nonfinite_values_are_named_by_tree_leaf_and_index(dtype, value):
     given = [{"layers": [{"kernel": np.ones((3, 4), lookup(dtype).numpy)}]} for _ in range(3)]
     given[1]["layers"][0]["kernel"][2, 1] = value
-    message = r"tree 1 is not finite at layers\[0\]/kernel\[2, 1\]"
+    message = rf"tree 1 holds {value} at layers\[0\]/kernel\[2, 1\]"
     with pytest.raises(NonFiniteError, match=message) as caught:
         wavg.average(given)
     assert caught.value.tensor == "layers[0]/kernel"
@@ -268,7 +267,7 @@ def test_nonfinite_values_pass_when_allowed():
 
 def test_a_result_outside_the_range_of_its_dtype_is_an_error():
     given = [{"w": np.float16([1, 60000])}, {"w": np.float16([1, -60000])}]
-    with pytest.raises(NonFiniteError, match=r"the result is not finite at w\[1\]") as caught:
+    with pytest.raises(NonFiniteError, match=r"average at w\[1\] does not fit float16") as caught:
         wavg.average(given, [3, -2])
     assert (caught.value.tensor, caught.value.index) == ("w", (1,))
 
@@ -308,7 +307,6 @@ def test_a_leaf_that_is_no_array_of_numbers_is_named(leaf):
     assert caught.value.tensor == "a/b"
 
 
-@pytest.mark.xfail(strict=True, reason="StopIteration: the second of the two leaves is lost")
 def test_leaves_whose_paths_read_alike_are_both_averaged():
     given = [{"a/b": 1.0, "a": {"b": 2.0}}, {"a/b": 3.0, "a": {"b": 6.0}}]
     right = {"a/b": np.array(2.0), "a": {"b": np.array(4.0)}}
@@ -359,7 +357,6 @@ def test_arrays_that_are_not_contiguous_average_like_their_copies(dtype, view):
     assert ours.flags.c_contiguous
 
 
-@pytest.mark.xfail(strict=True, reason="ValueError: only contiguous numbers view as pairs")
 @pytest.mark.parametrize("part", [slice(None, None, -1), slice(1, None, 3)])
 def test_complex_arrays_that_are_not_contiguous_average_like_their_copies(part):
     given = [np.arange(7) * np.complex64(1 + 2j), np.arange(7) * np.complex64(3 - 1j)]
@@ -367,7 +364,6 @@ def test_complex_arrays_that_are_not_contiguous_average_like_their_copies(part):
     assert_same_tree(wavg.average([array[part] for array in given]), wavg.average(copies))
 
 
-@pytest.mark.xfail(strict=True, reason="bytes of the other order are read as if of this one")
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "complex64"])
 def test_the_order_of_bytes_does_not_change_the_numbers(dtype):
     given = [np.array([1, 2], dtype), np.array([3, 4], dtype)]

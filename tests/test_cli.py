@@ -416,30 +416,25 @@ def test_weights_without_sense_are_told_in_one_line(run, arguments, message):
     assert_fails(run("weights", *arguments), message)
 
 
-@pytest.mark.xfail(strict=True, reason="average refuses these steps, weights shows a negative age")
 @pytest.mark.parametrize("steps", ["3,2,1", "1,1,2", "1,nan,3", "1,2,inf"])
 def test_steps_that_do_not_increase_are_refused_here_too(run, steps):
     assert run("weights", "equal", "--steps", steps)[0] in (1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="a comparison with NaN is no refusal; the age is NaN")
 @pytest.mark.parametrize("steps", ["1,nan,3,4", "1,2,3,inf"])
 def test_steps_that_are_not_finite_are_refused(run, steps):
     assert run("average", *FILES, "-o", "a.npz", "--steps", steps, "--dry-run")[0] in (1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="OverflowError leaves main()", raises=OverflowError)
 def test_weights_that_nearly_sum_to_zero_are_shown_or_told_in_one_line(run):
     assert run("weights", "1e200,-1e200,1e-200", "-n", 3)[0] in (0, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="argparse takes it for an option; --weights=-1,2 works")
 def test_weights_may_begin_with_a_minus(run):
     code, out, _ = run("weights", "-1,2", "-n", 2)
     assert (code, [row[1] for row in chart(out)]) == (0, [-1, 2])
 
 
-@pytest.mark.xfail(strict=True, reason="argparse: unrecognized arguments")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -614,6 +609,5 @@ def test_bars_are_ascii_where_the_terminal_is(run):
     assert set(done.stdout.splitlines()[3].split()[2]) == {"#"}
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError: × is not in ASCII")
 def test_inspect_works_where_the_terminal_is_ascii(run):
     assert process("inspect", FILES[0], PYTHONIOENCODING="ascii").returncode == 0

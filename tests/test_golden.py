@@ -45,7 +45,8 @@ def expected_average(paths, weights, dtype=None):
     coefficients = resolve(weights)(np.arange(1.0, len(paths) + 1))
     return {
         name: reference.average(coefficients, np.stack([model[name] for model in models]), dtype)
-        if newest.dtype.kind == "f" else newest
+        if newest.dtype.kind == "f"
+        else newest
         for name, newest in models[-1].items()
     }
 
@@ -114,8 +115,11 @@ def test_epochs_differ_from_one_another(family):
 
 @pytest.mark.parametrize(
     ("path", "inner", "ending"),
-    [("keras3_mlp_1.h5", "sequential/{}/", ""), ("tf_keras_mlp_1.h5", "{}/", ":0"),
-     ("tf_keras_weights_1.h5", "{}/", ":0")],
+    [
+        ("keras3_mlp_1.h5", "sequential/{}/", ""),
+        ("tf_keras_mlp_1.h5", "{}/", ":0"),
+        ("tf_keras_weights_1.h5", "{}/", ":0"),
+    ],
 )
 def test_names_are_layer_and_weight_name(path, inner, ending):
     names = [name.format(inner.format(name.split("/")[0]), ending) for name in HIDDEN]
@@ -155,8 +159,10 @@ def test_file_is_the_newest_with_only_the_averaged_bytes_replaced(family, weight
 
 @pytest.mark.parametrize(
     ("framework", "count", "differs"),
-    [("keras3", "scale/sequential/scale/count", False),  # Keras 3 leaves it at zero
-     ("tf_keras", "scale/scale/count:0", True)],
+    [
+        ("keras3", "scale/sequential/scale/count", False),  # Keras 3 leaves it at zero
+        ("tf_keras", "scale/scale/count:0", True),
+    ],
 )
 def test_an_integer_count_is_carried_over_and_reported_if_it_differs(
     framework, count, differs, tmp_path

@@ -137,7 +137,6 @@ def test_a_file_whose_name_looks_like_a_glob_is_a_file():
     assert expand("loss[0.5].h5") == ["loss[0.5].h5"]
 
 
-@pytest.mark.xfail(strict=True, reason="folders that match are passed on as if they were files")
 def test_a_glob_that_matches_folders_is_the_folders_as_a_list_is():
     touch("run/checkpoint-1000/model.safetensors", "run/checkpoint-900/model.safetensors")
     listed = expand(["run/checkpoint-900", "run/checkpoint-1000"])
@@ -229,7 +228,6 @@ def test_names_without_an_increasing_series_are_counted(names):
     assert read_steps(names) == tuple(range(1, len(names) + 1))
 
 
-@pytest.mark.xfail(strict=True, reason="(1, 7): the second is the folder's number")
 def test_numbers_of_files_and_of_folders_are_not_one_series():
     assert read_steps(["run7/model_1.h5", "run7/last.h5"]) == (1, 2)
 

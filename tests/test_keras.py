@@ -111,9 +111,7 @@ def test_compiled_files_load_compiled_with_the_newest_optimizer(run_of, tmp_path
 
 
 @pytest.mark.parametrize("build", [plain, normalized])
-def test_training_goes_on_from_the_average_with_the_newest_optimizer_slots(
-    run_of, build, tmp_path
-):
+def test_training_goes_on_from_the_average_with_the_newest_optimizer_slots(run_of, build, tmp_path):
     run, output = run_of(build), tmp_path / "average.h5"
     wavg.average_checkpoints(run.paths, output, weights="linear", last=5)
     averaged, newest = load_with_optimizer(output), load_with_optimizer(run.paths[-1])
@@ -181,7 +179,9 @@ print(sorted({"keras", "tensorflow", "tf_keras", "jax", "torch", "h5py"} & set(s
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(run_of(plain).folder), str(tmp_path / "average.h5")],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "['h5py']\n"  # h5py shows that the look into sys.modules sees
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import reference
 import strategies
 from wavg import kernel
-from wavg.rounding import round_to
 from wavg.dtypes import lookup
 from wavg.errors import NonFiniteError, WavgError, WeightError
 from wavg.kernel import Combination, combine
+from wavg.rounding import round_to
 
 
 def mean(weights, block, dtype=None, **options):

@@ -67,9 +67,7 @@ def test_a_file_of_nested_models_loads_with_each_array_in_its_place(run_of, tmp_
 
 
 @pytest.mark.parametrize("build", [plain, normalized, nested])
-def test_training_goes_on_from_the_average_with_the_newest_optimizer_slots(
-    run_of, build, tmp_path
-):
+def test_training_goes_on_from_the_average_with_the_newest_optimizer_slots(run_of, build, tmp_path):
     run, output = run_of(build), tmp_path / "average.h5"
     wavg.average_checkpoints(run.paths, output, weights="linear", last=5)
     averaged, newest, older = map(keras.models.load_model, (output, *run.paths[:-3:-1]))

@@ -163,7 +163,7 @@ def test_every_difference_of_a_tree_is_listed_with_its_path():
 )
 def test_each_kind_of_difference_is_told(a, b, expected):
     assert expected in differences(a, b)
-    with pytest.raises(StructureMismatchError, match=r"tree 2 differs from tree 0"):
+    with pytest.raises(StructureMismatchError, match=r"\(tree 2\)"):
         pytree.align([a, a, b])
 
 
@@ -182,20 +182,17 @@ def test_trees_align_exactly_when_their_shapes_are_equal(a, b):
         assert differences(a, b)
 
 
-@pytest.mark.xfail(strict=True, reason="align stops at the first tree that differs")
 def test_differences_of_every_tree_are_listed():
     found = "\n".join(differences({"a": 1, "b": 2}, {"a": 1}, {"b": 2}))
     assert "a: only in the first" in found
     assert "b: only in the first" in found
 
 
-@pytest.mark.xfail(strict=True, reason="differences call a named tuple's fields [1], leaves .right")
 def test_differences_and_leaves_name_a_field_alike():
     [difference] = differences(Pair(1, 2), Pair(1, [2]))
     assert difference.startswith(paths(Pair(1, 2))[1])
 
 
-@pytest.mark.xfail(strict=True, reason="leaves whose paths read alike are merged")
 @pytest.mark.parametrize("tree", [{"a/b": 1, "a": {"b": 2}}, {1: 1, "1": 2}, {"a": [1], "a[0]": 2}])
 def test_leaves_whose_paths_read_alike_stay_apart(tree):
     _, rows = pytree.align([tree, tree])

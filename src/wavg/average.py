@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from wavg import tree as pytree
 from wavg import weights as schedules
-from wavg.dtypes import dtype_of
+from wavg.dtypes import dtype_of, native
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
 from wavg.kernel import Combination, combine
 
@@ -24,7 +24,7 @@ def average(
     trees: Iterable[Any],
     weights: schedules.WeightsLike = "equal",
     *,
-    steps: npt.ArrayLike | None = None,
+    steps: Sequence[float] | None = None,
     integers: str = "reference",
     allow_nonfinite: bool = False,
 ) -> Any:
@@ -73,15 +73,19 @@ def average(
     >>> wavg.average([[1.0, 0.0], [4.0, 3.0]], weights="linear")
     [array(3.), array(2.)]
     """
+    if isinstance(trees, (Mapping, str)):
+        raise TypeError("average takes a list of models, not one model")
     models = list(trees)
     if not models:
         raise WeightError("there is nothing to average: no tree was given")
     if integers not in ("reference", "error"):
         raise ValueError(f"integers must be 'reference' or 'error', not {integers!r}")
-    positions = np.arange(1, len(models) + 1) if steps is None else steps
+    positions = schedules.check_steps(range(1, len(models) + 1) if steps is None else steps)
+    if len(positions) != len(models):
+        raise WeightError(f"{len(positions)} steps were given for {len(models)} trees")
     combination = Combination.of(schedules.resolve(weights)(positions))
     paths, rows = pytree.align(models)
-    arrays = [[np.asarray(leaf) for leaf in row] for row in rows]
+    arrays = [[native(np.asarray(leaf)) for leaf in row] for row in rows]
     _check_leaves(paths, arrays)
     results = (
         _average_leaf(path, row, combination, integers, allow_nonfinite)
@@ -94,7 +98,10 @@ def _check_leaves(paths: list[str], arrays: list[list[Array]]) -> None:
     differences = []
     for path, row in zip(paths, arrays, strict=True):
         if dtype_of(row[0].dtype) is None:
-            raise WavgError(f"leaf {path} is {row[0].dtype}, not an array of numbers", tensor=path)
+            raise WavgError(
+                f"leaf {path or 'at the top'} is {row[0].dtype}, not an array of numbers",
+                tensor=path,
+            )
         for number, array in enumerate(row[1:], start=1):
             if (array.shape, array.dtype) != (row[0].shape, row[0].dtype):
                 differences.append(
@@ -123,7 +130,8 @@ def _average_leaf(
     out = np.empty(row[0].shape, row[0].dtype)
     component = entry.component
     flat_out = out.reshape(-1).view(component.numpy)
-    flat = [array.reshape(-1).view(component.numpy) for array in row]  # copies if not contiguous
+    # Arrays that are not contiguous are copied.
+    flat = [np.asarray(array, order="C").reshape(-1).view(component.numpy) for array in row]
     width = max(1024, _BLOCK_BYTES // (len(row) * component.itemsize))
     block = np.empty((len(row), min(width, flat_out.size)), component.numpy)
     for start in range(0, flat_out.size, width):
@@ -134,14 +142,14 @@ def _average_leaf(
         try:
             combine(combination, piece, target, allow_nonfinite=allow_nonfinite)
         except NonFiniteError as error:
-            where = "the result" if error.input is None else f"tree {error.input}"
-            index = np.unravel_index(
-                (start + error.index) * component.bits // entry.bits, out.shape
+            flat_index = (start + error.index) * component.bits // entry.bits
+            index = tuple(map(int, np.unravel_index(flat_index, out.shape)))
+            where = f"{path or 'the leaf'}{list(index) if index else ''}"
+            message = (
+                f"the average at {where} does not fit {entry.name}"
+                if error.input is None
+                else f"tree {error.input} holds {error.value} at {where}; "
+                "allow_nonfinite=True lets it through"
             )
-            raise NonFiniteError(
-                f"{where} is not finite at {path}[{', '.join(map(str, index))}] "
-                "(allow_nonfinite=True lets it through)",
-                tensor=path,
-                index=tuple(map(int, index)),
-            ) from None
+            raise NonFiniteError(message, tensor=path, index=index) from None
     return out

@@ -172,6 +172,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     Use it in a ``with`` statement. Reading is positional, so threads can share it; pickling sends
     the index, and the files are opened anew, and compared, where it arrives.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> path = tempfile.mkdtemp() + "/model.npz"
+    >>> wavg.save(path, {"kernel": np.float32([[1, 2]])})
+    >>> with wavg.open_checkpoint(path) as checkpoint:
+    ...     list(checkpoint), np.asarray(checkpoint["kernel"])
+    (['kernel'], array([[1., 2.]], dtype=float32))
     """
 
     def __init__(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +26,14 @@ _SHOWN = 12  # rows of a long list before the rest is counted
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 an error, 2 usage."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser, commands = _parser()
+    if words and words[0] in commands:  # options and inputs may be mixed
+        options = commands[words[0]].parse_intermixed_args(words[1:])
+    else:
+        options = parser.parse_args(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
     try:
         options.run(options)
         sys.stdout.flush()
@@ -40,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="wavg", description="Average the checkpoints of a training run, file to file."
     )
@@ -95,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         nargs="?",
         default="wavg-demo",
-        help="where its checkpoints and picture go (default: %(default)s)",
+        help="where its checkpoints and picture go (default: wavg-demo)",
     )
-    return parser
+    return parser, commands.choices
 
 
 def _command(
@@ -110,6 +118,7 @@ def _command(
         epilog=f"example: {example.strip()}",
     )
     command.set_defaults(run=run, command=command)
+    command._negative_number_matcher = re.compile(r"-[\d.].*")  # so that -1,2 is no option
     return command
 
 
@@ -309,6 +318,10 @@ def _figures_line(text: str, merit: schedules.Figures, count: int) -> str:
     )
 
 
+def _glyph(fine: str, plain: str) -> str:
+    return fine if "utf" in (sys.stdout.encoding or "").lower() else plain
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -325,7 +338,7 @@ def _bytes(number: int) -> str:
 def _shorten(lines: list[str]) -> list[str]:
     if len(lines) <= _SHOWN:
         return lines
-    return [*lines[: _SHOWN - 1], f"  … and {len(lines) - _SHOWN + 1} more"]
+    return [*lines[: _SHOWN - 1], f"  ... and {len(lines) - _SHOWN + 1} more"]
 
 
 def _weights(options: argparse.Namespace) -> None:
@@ -335,7 +348,7 @@ def _weights(options: argparse.Namespace) -> None:
     if options.inputs:
         steps: Sequence[float] = read_steps(expand(options.inputs, sort=True))
     else:
-        steps = options.steps or [float(step) for step in range(1, options.n + 1)]
+        steps = schedules.check_steps(options.steps or range(1, options.n + 1))
     schedule = schedules.resolve(options.spec)
     merit = schedules.figures(schedule(steps), steps)
     if options.json:
@@ -353,7 +366,7 @@ def _weights(options: argparse.Namespace) -> None:
             )
         )
         return
-    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    block = _glyph("█", "#")
     largest = max(abs(merit.proportions))
     print(f"{'step':>10}  weight")
     for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
@@ -389,14 +402,14 @@ def _inspect(options: argparse.Namespace) -> None:
     numbers = sum(spec.size for spec in index.tensors)
     print(f"{index.path}: {index.format}, {_bytes(total)}")
     for key, value in index.metadata.items():
-        print(f"  {key}: {value if len(value) <= 60 else f'{value[:57]}…'}")
+        print(f"  {key}: {value if len(value) <= 60 else value[:57] + '...'}")
     for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
         if not specs:
             continue
         print(f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else ""))
         width = max(len(spec.name) for spec in specs)
         for spec in specs:
-            shape = " × ".join(map(str, spec.shape)) or "scalar"
+            shape = f" {_glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
             print(f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {_bytes(spec.nbytes):>12}")
 
 

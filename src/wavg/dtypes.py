@@ -11,10 +11,11 @@ import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from wavg.errors import WavgError
 
-__all__ = ["DTYPES", "DType", "dtype_of", "lookup"]
+__all__ = ["DTYPES", "DType", "dtype_of", "lookup", "native"]
 
 
 class DType(NamedTuple):
@@ -113,6 +114,15 @@ def dtype_of(dtype: np.dtype[Any]) -> DType | None:
     ('float32', None)
     """
     return _BY_NAME.get(dtype.name)
+
+
+def native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array with bytes in this machine's order; itself if they are.
+
+    >>> native(np.array([1, 2], ">i2")).dtype.isnative
+    True
+    """
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 @functools.cache

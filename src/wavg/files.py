@@ -6,7 +6,6 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,8 +63,8 @@ class AverageOptions(TypedDict, total=False):
     steps: Sequence[float] | None
     sort: bool
     dtype: str | None
-    include: Sequence[str]
-    exclude: Sequence[str]
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
     optimizer: str
     integers: str
     allow_nonfinite: bool
@@ -98,8 +97,8 @@ def average_checkpoints(
     steps: Sequence[float] | None = None,
     sort: bool = False,
     dtype: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -191,8 +190,8 @@ def average_checkpoints(
     """
     options = Options(
         dtype=dtype,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=_patterns(include),
+        exclude=_patterns(exclude),
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -232,8 +231,8 @@ def plan_average(
     steps: Sequence[float] | None = None,
     sort: bool = False,
     dtype: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -257,8 +256,8 @@ def plan_average(
     """
     options = Options(
         dtype=dtype,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=_patterns(include),
+        exclude=_patterns(exclude),
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -384,6 +383,10 @@ def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
     return TensorSpec(name, entry.name, array.shape)
 
 
+def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
 def _available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -401,9 +404,7 @@ def _select(
     paths = expand(inputs, sort=sort, output=output)
     if steps is not None and len(steps) != len(paths):
         raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
-    numbers = read_steps(paths) if steps is None else tuple(map(float, steps))
-    if any(a >= b for a, b in itertools.pairwise(numbers)):
-        raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
+    numbers = read_steps(paths) if steps is None else schedules.check_steps(steps)
     if last is not None:
         if not 1 <= last <= len(paths):
             raise WeightError(

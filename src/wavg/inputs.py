@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
-from wavg.formats import is_checkpoint_name
+from wavg.formats import format_of_output, is_checkpoint_name
 
 __all__ = ["PathLike", "expand", "natural_key", "read_steps"]
 
@@ -65,17 +65,18 @@ def expand(
 
 def _expand_one(name: str, output: str | None) -> list[str]:
     if os.path.isdir(name):
-        files = [os.path.join(name, entry) for entry in os.listdir(name)]
+        entries = (entry for entry in os.listdir(name) if not entry.startswith("."))
+        files = [os.path.join(name, entry) for entry in entries]
         files = [path for path in files if is_checkpoint_name(path) and os.path.isfile(path)]
         if output is not None:  # what an earlier run wrote there is no checkpoint of the training
             files = [path for path in files if os.path.realpath(path) != os.path.realpath(output)]
         if not files:
             raise FileNotFoundError(f"there is no checkpoint in the folder {name}")
-        kinds = {os.path.splitext(path)[1] for path in files}
-        if len(kinds) > 1:
+        if len({format_of_output(path) for path in files}) > 1:
+            kinds = sorted({os.path.splitext(path)[1] for path in files})
             raise WavgError(
-                f"the folder {name} holds several kinds of files ({', '.join(sorted(kinds))}); "
-                f"name one with a glob, such as {name.rstrip(os.sep)}/*{min(kinds)}",
+                f"the folder {name} holds several kinds of files ({', '.join(kinds)}); "
+                f"name one with a glob, such as {name.rstrip(os.sep)}/*{kinds[0]}",
                 path=name,
             )
         return sorted(files, key=natural_key)
@@ -83,6 +84,8 @@ def _expand_one(name: str, output: str | None) -> list[str]:
         files = sorted(glob.glob(name, recursive=True), key=natural_key)
         if not files:
             raise FileNotFoundError(f"no file matches {name}")
+        if any(map(os.path.isdir, files)):
+            return [path for file in files for path in _expand_one(file, output)]
         return files
     if not os.path.exists(name):
         raise FileNotFoundError(f"there is no file {name}")
@@ -93,30 +96,30 @@ def read_steps(paths: Sequence[str]) -> tuple[float, ...]:
     """Read each checkpoint's step from its name; 1 … N where that is not an increasing series.
 
     A number behind ``step`` counts first, then one behind ``epoch``, then the last whole number of
-    the file's name, then that of its folder's. Decimals, such as a loss, are no steps.
+    the name; first of the files' names, then of their folders'. Decimals, such as a loss, are no
+    steps.
 
     >>> read_steps(["run/model_490.h5", "run/model_500.h5"])
     (490.0, 500.0)
     >>> read_steps(["w.05-0.81.h5", "w.06-0.72.h5"]), read_steps(["best.h5", "last.h5"])
     ((5.0, 6.0), (1.0, 2.0))
     """
-    for pattern in (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)", None):
-        steps = [_step(path, pattern) for path in paths]
-        known = [step for step in steps if step is not None]
-        if len(known) == len(paths) and all(a < b for a, b in itertools.pairwise(known)):
-            return tuple(known)
+    split = [os.path.split(os.path.abspath(path)) for path in paths]
+    files = [os.path.splitext(name)[0] for _, name in split]
+    folders = [os.path.basename(folder) for folder, _ in split]
+    for names in (files, folders):
+        for pattern in (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)", None):
+            steps = [_step(name, pattern) for name in names]
+            known = [step for step in steps if step is not None]
+            rising = all(a < b for a, b in itertools.pairwise(known))
+            if len(known) == len(paths) and rising:
+                return tuple(known)
     return tuple(float(position) for position in range(1, len(paths) + 1))
 
 
-def _step(path: str, pattern: str | None) -> float | None:
-    folder, name = os.path.split(os.path.abspath(path))
-    for text in (os.path.splitext(name)[0], os.path.basename(folder)):
-        if pattern is not None:
-            match = re.search(pattern, text, re.IGNORECASE)
-            numbers = [match[1]] if match else []
-        else:
-            found = re.findall(r"\d+(?:\.\d+)?", text)
-            numbers = [number for number in found if "." not in number]
-        if numbers:
-            return float(numbers[-1])
-    return None
+def _step(name: str, pattern: str | None) -> float | None:
+    if pattern is not None:
+        match = re.search(pattern, name, re.IGNORECASE)
+        return float(match[1]) if match else None
+    numbers = [number for number in re.findall(r"\d+(?:\.\d+)?", name) if "." not in number]
+    return float(numbers[-1]) if numbers else None

@@ -181,12 +181,14 @@ class Plan:
     ----------
     inputs
         Oldest first; the last is the reference.
-    coefficients
-        The unnormalised weights, shape (inputs,).
+    schedule, coefficients, figures
+        The schedule's text, the unnormalised weights, shape (inputs,), and what to say of them.
     decisions
         One a tensor, in the reference's order.
-    others
+    others, keep_others
         Tensors beside the model (optimizer slots), and whether they are kept.
+    options
+        What was asked for.
     block, workers
         Elements read at once from each input, and how many blocks are in flight.
     bytes_read, bytes_written
@@ -414,12 +416,12 @@ def _fit(
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
     wanted = max(1, min(_LARGEST_BLOCK, total))
     for workers in range(options.workers, 0, -1):
-        block = wanted
-        while block >= min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK):
+        least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
+        halvings = range((wanted // least).bit_length() - 1)
+        for block in [*(wanted >> times for times in halvings), least]:
             projected = fixed + workers * _worker_bytes(len(indexes), decisions, block)
             if projected <= options.max_memory:
                 return block, workers, projected
-            block //= 2
     needed = fixed + _worker_bytes(len(indexes), decisions, min(wanted, _SMALLEST_BLOCK))
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "

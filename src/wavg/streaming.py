@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from wavg import tree as pytree
 from wavg import weights as schedules
-from wavg.dtypes import DType, dtype_of
+from wavg.dtypes import DType, dtype_of, native
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
 from wavg.kernel import accumulate
 from wavg.rounding import round_to
@@ -84,11 +85,11 @@ class StreamingAverager:
             It holds NaN or infinity; the state is as before.
         """
         arrays = self._arrays(model)
+        keep, add = self._update(self._count + 1)
         if not self._allow_nonfinite:
-            self._check_finite(arrays)
+            self._check_finite(arrays, keep, add)
         if not self._count:
             self._begin(model, arrays)
-        keep, add = self._update(self._count + 1)
         for array, total in zip(arrays, self._sums, strict=True):
             entry = dtype_of(array.dtype)
             if entry is not None and entry.averaged:
@@ -121,9 +122,9 @@ class StreamingAverager:
         if not self._count:
             pairs = list(pytree.leaves(model))
             self._paths = [path for path, _ in pairs]
-            return [np.asarray(leaf) for _, leaf in pairs]
+            return [native(np.asarray(leaf)) for _, leaf in pairs]
         _, rows = pytree.align([self._tree, model])
-        arrays = [np.asarray(row[1]) for row in rows]
+        arrays = [native(np.asarray(row[1])) for row in rows]
         differences = [
             f"{path}: {array.dtype}{list(array.shape)}, not {dtype}{list(shape)}"
             for path, array, (shape, dtype) in zip(self._paths, arrays, self._specs, strict=True)
@@ -136,14 +137,20 @@ class StreamingAverager:
             )
         return arrays
 
-    def _check_finite(self, arrays: list[npt.NDArray[Any]]) -> None:
-        for path, array in zip(self._paths, arrays, strict=True):
+    def _check_finite(self, arrays: list[npt.NDArray[Any]], keep: float, add: float) -> None:
+        for position, (path, array) in enumerate(zip(self._paths, arrays, strict=True)):
             entry = dtype_of(array.dtype)
-            if entry is not None and entry.averaged and not np.isfinite(array).all():
+            if entry is None or not entry.averaged:
+                continue
+            if not np.isfinite(array).all():
                 raise NonFiniteError(
                     f"{path} holds NaN or infinity; allow_nonfinite=True lets it through",
                     tensor=path,
                 )
+            if entry.component.bits == 64 and self._count and array.size:
+                sums = float(np.abs(_real(self._sums[position])).max())
+                if not math.isfinite(keep * sums + add * float(np.abs(_real(array)).max())):
+                    raise NonFiniteError(f"the sum for {path} exceeds float64", tensor=path)
 
     def _begin(self, model: Any, arrays: list[npt.NDArray[Any]]) -> None:
         for path, array in zip(self._paths, arrays, strict=True):

@@ -7,7 +7,7 @@ order: a dict's own order, position in a sequence. Dicts align by key, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from wavg.errors import StructureMismatchError
@@ -25,12 +25,10 @@ def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
     """
     if isinstance(tree, Mapping):
         for key, child in tree.items():
-            yield from leaves(child, f"{path}/{key}" if path else str(key))
+            yield from leaves(child, _below(path, key))
     elif isinstance(tree, (list, tuple)):
-        names = getattr(tree, "_fields", None)
         for position, child in enumerate(tree):
-            name = f".{names[position]}" if names else f"[{position}]"
-            yield from leaves(child, f"{path}{name}")
+            yield from leaves(child, path + _place(tree, position))
     elif tree is not None:
         yield path, tree
 
@@ -69,19 +67,31 @@ def align(trees: list[Tree]) -> tuple[list[str], list[list[Any]]]:
     StructureMismatchError
         Where the trees differ in shape; ``differences`` lists every place.
     """
-    first = dict(leaves(trees[0]))
-    rows = [[leaf] for leaf in first.values()]
-    for number, tree in enumerate(trees[1:], start=1):
-        differences = sorted(_differences(trees[0], tree, ""))
-        if differences:
-            raise StructureMismatchError(
-                f"tree {number} differs from tree 0:\n  " + "\n  ".join(differences),
-                differences=differences,
-            )
-        other = dict(leaves(tree))
-        for row, path in zip(rows, first, strict=True):
-            row.append(other[path])
-    return list(first), rows
+    first = trees[0]
+    differences = [
+        f"{text}{f' (tree {number})' if len(trees) > 2 else ''}"
+        for number, tree in enumerate(trees)
+        for text in _differences(first, tree, "")
+    ]
+    if differences:
+        raise StructureMismatchError(
+            "the trees differ from the first:\n  " + "\n  ".join(differences),
+            differences=differences,
+        )
+    columns = zip(*(_in_order_of(first, tree) for tree in trees), strict=True)
+    return [path for path, _ in leaves(first)], [list(column) for column in columns]
+
+
+def _in_order_of(first: Tree, tree: Tree) -> Iterator[Any]:
+    """Yield the leaves of a tree of the same shape in the order of the first one's."""
+    if isinstance(first, Mapping):
+        for key, child in first.items():
+            yield from _in_order_of(child, tree[key])
+    elif isinstance(first, (list, tuple)):
+        for left, right in zip(first, tree, strict=True):
+            yield from _in_order_of(left, right)
+    elif first is not None:
+        yield tree
 
 
 def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
@@ -89,8 +99,8 @@ def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
     if _kind(a) != _kind(b):
         yield f"{here}: {_kind(a)} in one, {_kind(b)} in the other"
     elif isinstance(a, Mapping):
-        for key in a.keys() | b.keys():
-            name = f"{path}/{key}" if path else str(key)
+        for key in [*a, *(key for key in b if key not in a)]:
+            name = _below(path, key)
             if key not in a or key not in b:
                 yield f"{name}: only in {'the other' if key in b else 'the first'}"
             else:
@@ -99,7 +109,16 @@ def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
         if len(a) != len(b):
             yield f"{here}: length {len(a)} in one, {len(b)} in the other"
         for position, (x, y) in enumerate(zip(a, b, strict=False)):
-            yield from _differences(x, y, f"{path}[{position}]")
+            yield from _differences(x, y, path + _place(a, position))
+
+
+def _below(path: str, key: Any) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _place(sequence: Sequence[Any], position: int) -> str:
+    names = getattr(sequence, "_fields", None)
+    return f".{names[position]}" if names else f"[{position}]"
 
 
 def _kind(tree: Tree) -> str:

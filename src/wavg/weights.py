@@ -7,10 +7,12 @@ This module knows numbers only: no files, no tensors. A schedule is written in o
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
@@ -22,6 +24,7 @@ __all__ = [
     "Figures",
     "Schedule",
     "WeightsLike",
+    "check_steps",
     "equal",
     "explicit",
     "exponential",
@@ -122,23 +125,36 @@ def exponential(alpha: float = 2.0) -> Schedule:
     >>> exponential(alpha=2)([10, 20, 30]).round(4)
     array([0.3679, 0.6065, 1.    ])
     """
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+    if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha > 0):
         raise WeightError(f"exponential: alpha must be a positive number, not {alpha!r}")
+    decay = float(alpha)
+
+    def coefficients(steps: F64) -> F64:
+        with np.errstate(over="ignore"):  # so small an alpha leaves the newest alone
+            return np.exp(np.arange(1.0 - len(steps), 1.0) / decay)
+
     return Schedule(
-        f"exponential:alpha={_text(alpha)}",
-        lambda steps: np.exp(np.arange(1.0 - len(steps), 1.0) / alpha),
-        lambda position: (math.exp(-1.0 / alpha), 1.0),
+        f"exponential:alpha={_text(decay)}",
+        coefficients,
+        lambda position: (math.exp(-1.0 / decay), 1.0),
     )
 
 
 def explicit(weights: Sequence[float] | F64) -> Schedule:
-    """Give one weight a checkpoint, oldest first; negative ones are allowed, a zero sum is not.
+    """Give one weight a checkpoint, oldest first.
 
+    Parameters
+    ----------
+    weights
+        Finite numbers; negative ones are allowed, a sum of zero is not.
+
+    Examples
+    --------
     >>> explicit([0.5, 0.3, 0.2])([10, 20, 30])
     array([0.5, 0.3, 0.2])
     """
     try:
-        values = np.asarray(weights, dtype=np.float64)
+        values = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError):
         raise WeightError(f"weights must be numbers, not {weights!r}") from None
     if values.ndim != 1 or not len(values):
@@ -245,9 +261,36 @@ class Figures:
     amplification: float
 
 
-def figures(coefficients: npt.ArrayLike, steps: npt.ArrayLike) -> Figures:
-    """Compute the figures of merit of weights for checkpoints saved at these steps.
+def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
+    """Return steps as numbers, or refuse those that do not increase.
 
+    >>> check_steps([10, 20])
+    (10.0, 20.0)
+    """
+    numbers = tuple(map(float, steps))
+    rising = all(a < b for a, b in itertools.pairwise(numbers))
+    if not rising or not all(map(math.isfinite, numbers)):
+        raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
+    return numbers
+
+
+def figures(coefficients: npt.ArrayLike, steps: npt.ArrayLike) -> Figures:
+    """Compute the figures of merit of weights.
+
+    Parameters
+    ----------
+    coefficients
+        Unnormalised weights, oldest first, shape (N,).
+    steps
+        Where in training the checkpoints were saved, shape (N,).
+
+    Raises
+    ------
+    WeightError
+        The weights sum to zero, or so nearly that no number can say how much they amplify.
+
+    Examples
+    --------
     >>> figures([1, 1, 1, 1], [10, 20, 30, 40]).mean_age
     15.0
     """
@@ -255,7 +298,12 @@ def figures(coefficients: npt.ArrayLike, steps: npt.ArrayLike) -> Figures:
     total = sum(map(Fraction, row.tolist()))
     if not total:
         raise WeightError("the weights sum to zero, so there is no average; change one of them")
-    proportions = np.array([float(Fraction(value) / total) for value in row.tolist()])
+    try:
+        proportions = np.array([float(Fraction(value) / total) for value in row.tolist()])
+    except OverflowError:
+        raise WeightError(
+            "the weights nearly cancel, and would amplify beyond all bounds; change one of them"
+        ) from None
     ages = np.asarray(steps, dtype=np.float64)
     return Figures(
         proportions,
