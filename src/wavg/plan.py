@@ -194,8 +194,9 @@ class Plan:
     bytes_read, bytes_written
         What the run moves, the reference's carried-over bytes included.
     projected_memory
-        The promised peak, in bytes beyond the interpreter with ``import wavg``. For a result in
-        memory, `result_bytes` come on top.
+        The promised peak, in bytes beyond the interpreter with ``import wavg``.
+    result_bytes
+        What comes on top of that where the result is arrays in memory; else 0.
     """
 
     inputs: tuple[PlannedInput, ...]
