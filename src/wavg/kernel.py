@@ -38,7 +38,7 @@ from wavg.errors import NonFiniteError, WavgError, WeightError
 from wavg.exact import double_double, integer_mean
 from wavg.rounding import bits_of, round_to
 
-__all__ = ["Combination", "Combiner", "accumulate", "combine", "scratch_bytes", "tile_width"]
+__all__ = ["Combination", "Combiner", "accumulate", "combine", "scratch_bytes", "span"]
 
 F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -132,25 +132,29 @@ def _whole_numbers(row: F64) -> tuple[int, ...]:
     return tuple(value // factor for value in whole)
 
 
-def tile_width(inputs: int, outputs: int = 1) -> int:
-    """Columns that a `Combiner` widens at once."""
+def span(inputs: int, outputs: int, target: DType) -> int:
+    """Return the columns that a `Combiner` settles at once: a whole number of its tiles."""
+    tile = _tile_width(inputs, outputs)
+    if target.precision == 53:
+        return min(tile, 1 << 14)  # double-double for all of it: many arrays of this length
+    return tile * max(1, 4 // outputs)
+
+
+def _tile_width(inputs: int, outputs: int) -> int:
+    """Columns that are widened at once."""
     return max(256, min(_WIDEST_TILE, _TILE_ELEMENTS // (inputs + 2 * outputs - 2)))
 
 
 def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block: int) -> int:
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
-    width = min(_tile(inputs, outputs, target), 2 * block)  # a complex number is two
-    row = inputs * (8 if _start(source, target) == np.float64 else 4)
-    row += inputs * 4 * (source.name == "float16")
-    dense = (inputs + 20) * 8 if target.precision == 53 else (inputs * 3 + 20) * 8 / _DENSE
-    if _start(source, target) == np.float32:
-        dense = max(dense, inputs * 8 + 60)
-    return int(width * (row + outputs * (16 + 2 * target.itemsize + 1) + dense)) + (1 << 18)
-
-
-def _tile(inputs: int, outputs: int, target: DType) -> int:
-    width = tile_width(inputs, outputs)
-    return min(width, 1 << 14) if target.precision == 53 else width  # double-double for all of it
+    width = min(span(inputs, outputs, target), 2 * block)  # a complex number is two
+    tile = min(_tile_width(inputs, outputs), width)
+    wide = 8 if _start(source, target) == np.float64 else 4
+    widened = tile * inputs * (wide + 4 * (source.name == "float16"))
+    settled = outputs * width * (2 * wide + 2 * target.itemsize + 1)
+    # Columns left over: one in `_DENSE`, or a whole tile in float64, and copies of those.
+    few = width * (inputs * (16 + source.itemsize) + 160) // _DENSE
+    return widened + settled + max(few, tile * (inputs * 16 + 160)) + (1 << 18)
 
 
 def _start(source: DType, target: DType) -> type[np.float32] | type[np.float64]:
@@ -186,8 +190,9 @@ class Combiner:
         self._allow_nonfinite = allow_nonfinite
         outputs, inputs = combination.matrix.shape
         self._start = _start(source, target)
-        self._width = _tile(inputs, outputs, target)
-        self._wide = np.empty((inputs, 0), self._start)
+        self._tile = _tile_width(inputs, outputs)
+        self._span = span(inputs, outputs, target)
+        self._sums = np.empty((outputs, 0), self._start)
         normal = combination.matrix / combination.totals[:, None]
         self._normal = normal.astype(self._start)
         self._exact_matrix = combination.matrix
@@ -216,18 +221,19 @@ class Combiner:
             Attributes: ``input`` (the row, None for a result), ``index`` (the column), ``value``.
         """
         with np.errstate(all="ignore"):
-            for start in range(0, block.shape[1], self._width):
-                stop = min(block.shape[1], start + self._width)
+            for start in range(0, block.shape[1], self._span):
+                stop = min(block.shape[1], start + self._span)
                 self._reserve(stop - start)
                 self._combine(block[:, start:stop], outs[:, start:stop], start)
 
     def _reserve(self, width: int) -> None:
-        """Make scratch arrays for a tile; they are kept for the next tile of this width."""
-        if self._wide.shape[1] == width:
+        """Make scratch arrays for a span; they are kept for the next span of this width."""
+        if self._sums.shape[1] == width:
             return
         outputs, inputs = self._combination.matrix.shape
-        self._wide = np.empty((inputs, width), self._start)
-        self._half = np.empty((inputs, width * (self._source.name == "float16")), np.float32)
+        tile = min(self._tile, width)
+        self._wide = np.empty((inputs, tile), self._start)
+        self._half = np.empty((inputs, tile * (self._source.name == "float16")), np.float32)
         self._sums = np.empty((outputs, width), self._start)
         self._shifted = np.empty((outputs, width), self._start)
         self._other = np.empty((outputs, width), self._target.numpy)
@@ -261,17 +267,26 @@ class Combiner:
                 index=column,
             )
 
-    def _widen(self, raw: Array) -> None:
-        if self._source.name == "float16":
-            _widen_half(raw, self._half)
-            np.copyto(self._wide, self._half)
-        else:
-            np.copyto(self._wide, raw, casting="unsafe")
+    def _multiply(self, matrix: Array, raw: Array) -> None:
+        """Write ``matrix @ raw`` to the sums, a tile at a time.
+
+        What follows works on whole spans. NumPy gives the interpreter's lock up and takes it back
+        with every operation, and threads that do so every ten microseconds run one after the other.
+        """
+        for start in range(0, raw.shape[1], self._tile):
+            columns = slice(start, min(start + self._tile, raw.shape[1]))
+            wide = self._wide[:, : columns.stop - start]
+            if self._source.name == "float16":
+                half = self._half[:, : columns.stop - start]
+                _widen_half(raw[:, columns], half)
+                np.copyto(wide, half)
+            else:
+                np.copyto(wide, raw[:, columns], casting="unsafe")
+            np.matmul(matrix, wide, out=self._sums[:, columns])
 
     def _interval(self, raw: Array, outs: Array, largest: float) -> None:
         """Step 1: settle what the error bound allows."""
-        self._widen(raw)
-        np.matmul(self._normal, self._wide, out=self._sums)
+        self._multiply(self._normal, raw)
         error = (self._error * largest + self._least * (1 + largest))[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
         np.copyto(outs, self._shifted, casting="unsafe")
@@ -279,49 +294,45 @@ class Combiner:
         np.copyto(self._other, self._shifted, casting="unsafe")
         np.not_equal(bits_of(outs), bits_of(self._other), out=self._flags)
         for index, (flags, out) in enumerate(zip(self._flags, outs, strict=True)):
-            if flags.any():
+            count = int(np.count_nonzero(flags))
+            if count * _DENSE > len(flags):
+                for start in range(0, len(flags), self._tile):
+                    tile = slice(start, start + self._tile)
+                    out[tile] = self._settle(index, raw[:, tile])
+            elif count:
                 columns = np.flatnonzero(flags)
-                dense = len(columns) * _DENSE > len(flags)
-                self._settle(index, raw, slice(None) if dense else columns, out)
+                out[columns] = self._settle(index, np.take(raw, columns, axis=1))
 
     def _quotients_of_exact_sums(self, raw: Array, outs: Array) -> None:
-        """Step 2 for a whole tile of a format whose sums are always exact."""
-        self._widen(raw)
-        sums: F64 = np.matmul(self._exact_matrix, self._wide, out=self._sums)
+        """Step 2 for a whole span of a format whose sums are always exact."""
+        self._multiply(self._exact_matrix, raw)
+        sums: F64 = self._sums.astype(np.float64, copy=False)
         np.divide(sums, self._combination.totals[:, None], out=sums)
         for index, (quotients, out) in enumerate(zip(sums, outs, strict=True)):
             np.copyto(out, round_to(quotients, self._target))
             if not quotients.all():
                 zeros = np.flatnonzero(quotients == 0.0)
-                out[zeros] = self._signed_zeros(index, raw[:, zeros])
+                out[zeros] = self._signed_zeros(index, np.take(raw, zeros, axis=1))
 
-    def _settle(
-        self,
-        index: int,
-        raw: Array,
-        columns: slice | npt.NDArray[np.intp],
-        out: Array,
-    ) -> None:
-        """Take steps 2 and 3: settle these columns of a tile, for one row of weights."""
-        chosen = raw[:, columns].astype(np.float64)
+    def _settle(self, index: int, columns: Array) -> Array:
+        """Take steps 2 and 3: return the rounded means of columns, for one row of weights."""
+        wide = columns.astype(np.float64)
         bits = self._combination.bits[index]
         if bits >= 0:
-            highest = math.frexp(float(np.abs(chosen).max()))[1]
-            if _fits(bits, highest, _smallest_exponent(chosen), self._source):
-                quotients = self._combination.matrix[index] @ chosen
+            highest = math.frexp(float(np.abs(wide).max()))[1]
+            if _fits(bits, highest, _smallest_exponent(wide), self._source):
+                quotients = self._combination.matrix[index] @ wide
                 quotients /= self._combination.totals[index]
                 values = round_to(quotients, self._target)
-                zeros = np.flatnonzero(quotients == 0.0)
-                if len(zeros):
-                    values[zeros] = self._signed_zeros(index, chosen[:, zeros])
-                out[columns] = values
-                return
+                if not quotients.all():
+                    zeros = np.flatnonzero(quotients == 0.0)
+                    values[zeros] = self._signed_zeros(index, wide[:, zeros])
+                return values
         if self._start == np.float32:  # what was too coarse for float32 need not be for float64
-            out[columns], settled = self._closer(index, chosen)
-            places = np.arange(raw.shape[1])[columns][~settled]
-            out[places] = self._exactly(index, chosen[:, ~settled])
-        else:
-            out[columns] = self._exactly(index, chosen)
+            values, settled = self._closer(index, wide)
+            values[~settled] = self._exactly(index, wide[:, ~settled])
+            return values
+        return self._exactly(index, wide)
 
     def _closer(self, index: int, columns: F64) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Step 1 in float64; returns rounded values and which are settled."""
