@@ -360,6 +360,9 @@ class Sink(Protocol):
     def wants(self, name: str) -> bool:
         """Whether this tensor's numbers have to be written, rather than carried over."""
 
+    def joined(self, names: Sequence[str]) -> bool:
+        """Whether these tensors lie side by side: then the first one's name stands for all."""
+
     def write(self, name: str, start: int, values: Array) -> None:
         """Store elements from position `start`, in storage order; called from many threads."""
 

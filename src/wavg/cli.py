@@ -195,7 +195,7 @@ def _add_opaque(command: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     number = int(text)
-    if number < 1:
+    if not 1 <= number <= 1_000_000:
         raise ValueError
     return number
 
@@ -209,7 +209,7 @@ def _size(text: str) -> int:
 
 
 for _type, _name in (
-    (_positive, "positive whole number"),
+    (_positive, "whole number from 1 to 1,000,000"),
     (_numbers, "list of numbers"),
     (_size, "size"),
 ):

@@ -6,6 +6,7 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -414,8 +415,22 @@ def _select(
     return paths, numbers
 
 
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit on open files where so many inputs need it and it is allowed."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows has no such limit
+        return
+    needed = 2 * count + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, ceiling), hard))
+
+
 @contextlib.contextmanager
 def _opened(paths: Sequence[str], opaque_dtype: str | None) -> Iterator[list[Checkpoint]]:
+    _allow_open_files(len(paths))
     with contextlib.ExitStack() as stack:
         checkpoints: list[Checkpoint] = []
         for path in paths:
@@ -485,6 +500,9 @@ class _MemorySink:
     def wants(self, name: str) -> bool:
         return True
 
+    def joined(self, names: Sequence[str]) -> bool:
+        return len(names) == 1
+
     def write(self, name: str, start: int, values: Array) -> None:
         self._flat[name][start : start + len(values)] = values
 
@@ -507,6 +525,13 @@ class _FileSink:
 
     def wants(self, name: str) -> bool:
         return name in self._targets
+
+    def joined(self, names: Sequence[str]) -> bool:
+        extents = [self._targets[name].extent for name in names]
+        return all(
+            a is not None and b is not None and a.offset + a.length == b.offset
+            for a, b in itertools.pairwise(extents)
+        )
 
     def write(self, name: str, start: int, values: Array) -> None:
         extent = self._targets[name].extent

@@ -79,11 +79,12 @@ def run(
 
 
 class _Average(NamedTuple):
-    """A part of a run to be averaged."""
+    """A part of a run to be averaged; `joined` if the sink takes the run in one piece, too."""
 
     run: Run
     start: int
     stop: int
+    joined: bool
 
 
 class _Carry(NamedTuple):
@@ -103,7 +104,9 @@ def _chunks(plan: Plan, sink: Sink) -> Iterator[list[_Average | _Carry]]:
     """Group the work so that a submission is worth its cost, and neighbours stay together."""
     chunk: list[_Average | _Carry] = []
     size = 0
-    tasks: Iterator[_Average | _Carry] = itertools.chain(_averages(plan), _carries(plan, sink))
+    tasks: Iterator[_Average | _Carry] = itertools.chain(
+        _averages(plan, sink), _carries(plan, sink)
+    )
     for task in tasks:
         chunk.append(task)
         spec = task.run.sources[0] if isinstance(task, _Average) else task.decision.spec
@@ -115,10 +118,11 @@ def _chunks(plan: Plan, sink: Sink) -> Iterator[list[_Average | _Carry]]:
         yield chunk
 
 
-def _averages(plan: Plan) -> Iterator[_Average]:
+def _averages(plan: Plan, sink: Sink) -> Iterator[_Average]:
     for piece in make_runs(plan.decisions):
+        joined = sink.joined([decision.spec.name for decision in piece.decisions])
         for start in range(0, piece.size, plan.block):
-            yield _Average(piece, start, min(piece.size, start + plan.block))
+            yield _Average(piece, start, min(piece.size, start + plan.block), joined)
 
 
 def _carries(plan: Plan, sink: Sink) -> Iterator[_Carry]:
@@ -216,9 +220,12 @@ class _Job:
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
         values = outs[0].view(output.numpy)
-        for decision, first, start, stop in piece.pieces(task.start, task.stop):
-            part = values[start - task.start : stop - task.start]
-            self._sink.write(decision.spec.name, first, part)
+        if task.joined:
+            self._sink.write(piece.decisions[0].spec.name, task.start, values)
+        else:
+            for decision, first, start, stop in piece.pieces(task.start, task.stop):
+                part = values[start - task.start : stop - task.start]
+                self._sink.write(decision.spec.name, first, part)
         return _Outcome(block.nbytes, set())
 
     def _located(self, error: NonFiniteError, task: _Average, parts: int) -> NonFiniteError:
