@@ -72,7 +72,7 @@ def test_every_difference_of_structure_is_listed(run, tmp_path):
     assert len(caught.value.differences) == 4
     for text in (
         "a is float32[1], not float32[2]",
-        "has b (float32[1]) besides",
+        "also has b (float32[1])",
         "c is float16[1], not float32[1]",
         "lacks d (float32[1])",
     ):
@@ -172,7 +172,7 @@ def test_the_output_of_an_earlier_run_in_the_same_folder_is_not_an_input(run, tm
 
 
 def test_an_output_of_unknown_kind_is_refused_before_anything_is_read(run, tmp_path):
-    with pytest.raises(wavg.OutputError, match="end its name with one of"):
+    with pytest.raises(wavg.OutputError, match="name with one of"):
         wavg.average_checkpoints(run(*kernels([1], [3])), tmp_path / "avg.bin")
 
 
@@ -312,3 +312,61 @@ def test_a_closed_checkpoint_has_closed_its_files(run, tmp_path):
         pass
     after = set(os.listdir("/proc/self/fd")) if before else set()
     assert len(after) == len(before)
+
+
+def test_tensors_side_by_side_are_read_as_one_and_named_alone(run, tmp_path, monkeypatch):
+    models = [
+        {f"t{i:03}": np.full(10, i * step, np.float32) for i in range(300)} for step in (1, 3)
+    ]
+    reads = []
+    original = Checkpoint.read
+    glob = run(*models)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Checkpoint, "read", lambda self, *rest: (reads.append(rest), original(self, *rest))[1]
+        )
+        wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
+    assert len(reads) == 2  # one an input
+    result = wavg.load(tmp_path / "avg.safetensors")
+    assert all((array == 2 * i).all() for i, array in enumerate(result.values()))
+    in_memory = wavg.average_checkpoints(glob)
+    assert all(in_memory[name].tobytes() == result[name].tobytes() for name in result)
+    models[1]["t123"][7] = np.nan
+    with pytest.raises(wavg.NonFiniteError, match=r"model_2.*: t123\[7\] is nan"):
+        wavg.average_checkpoints(run(*models))
+
+
+def test_neighbours_stored_apart_or_in_another_order_are_not_joined(tmp_path):
+    names = ["a", "b", "c"]
+    for step, order in ((1, names), (2, names[::-1])):
+        model = {name: np.full(4, step * (ord(name) - 96), np.float32) for name in order}
+        wavg.save(tmp_path / f"m_{step}.safetensors", model)
+    result = wavg.average_checkpoints(str(tmp_path / "m_*.safetensors"))
+    assert {name: array[0] for name, array in result.items()} == {"c": 4.5, "b": 3, "a": 1.5}
+
+
+def test_empty_tensors_between_others_are_kept(run, tmp_path):
+    def model(step):
+        pairs = [("a", 3), ("none", 0), ("b", 2)]
+        return {name: np.full(size, step, np.float32) for name, size in pairs}
+
+    wavg.average_checkpoints(run(model(1), model(2)), tmp_path / "avg.safetensors")
+    result = wavg.load(tmp_path / "avg.safetensors")
+    assert {name: array.tolist() for name, array in result.items()} == {
+        "a": [1.5] * 3,
+        "none": [],
+        "b": [1.5] * 2,
+    }
+
+
+def test_more_inputs_than_the_limit_on_open_files(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for step in range(150):
+        wavg.save(tmp_path / f"m_{step}.safetensors", {"w": np.float32([step])})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        result = wavg.average_checkpoints(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(result["w"], [74.5])

@@ -108,7 +108,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 BAD_SAFETENSORS = {
     "header larger than the file": ({"length": 1000}, {"w": entry()}, "truncated"),
     "header larger than the limit": ({"length": 2**40}, {"w": entry()}, "at most 100,000,000"),
-    "header of the largest number": ({"length": 2**64 - 1}, {"w": entry()}, "the header claims"),
+    "header of the largest number": ({"length": 2**64 - 1}, {"w": entry()}, "header claims"),
     "bad UTF-8": ({}, b'{"\xff": 1}', "not UTF-8"),
     "bad JSON": ({}, b'{"w": ', "not JSON"),
     "deeply nested": ({}, b'{"a":' + b"[" * 100_000 + b"}", "nested too deeply|not JSON"),

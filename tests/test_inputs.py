@@ -101,7 +101,43 @@ def test_an_output_in_the_folder_is_none_of_its_checkpoints(output):
     touch("run/average.h5")
     os.symlink("run/average.h5", "link.h5")
     assert expand("run", output=output) == names
-    assert expand("run", output="run/new.h5") == ["run/average.h5", *names]
+    with pytest.raises(WavgError, match=r"average\.h5 besides a numbered series"):
+        expand("run", output="run/new.h5")
+
+
+def test_an_output_that_continues_the_series_stays_an_input():
+    names = touch("run/model_1.h5", "run/model_2.h5")
+    assert expand("run", output=names[1]) == expand("run/*.h5", output=names[1]) == names
+
+
+def test_the_output_of_an_earlier_run_is_no_input_of_a_glob_either():
+    names = touch("run/model_1.h5", "run/model_2.h5")
+    touch("run/average.h5")
+    assert expand("run/*.h5", output="run/average.h5") == names
+
+
+def test_epochs_in_the_names_give_the_order_whatever_stands_before_them():
+    names = touch("v0.81-epoch01.h5", "v0.72-epoch02.h5", "v0.65-epoch10.h5")
+    assert expand("*.h5") == expand(names[::-1], sort=True) == names
+
+
+def test_a_list_in_another_order_than_its_names_gets_a_warning():
+    names = touch("m_1.h5", "m_10.h5", "m_2.h5")
+    with pytest.warns(UserWarning, match="suggest another order"):
+        assert expand(names) == names
+    assert expand(names, sort=False) == names
+
+
+def test_a_link_to_a_checkpoint_in_the_folder_is_no_second_one():
+    names = touch("run/model_1.h5", "run/model_2.h5")
+    os.symlink("model_2.h5", "run/latest.h5")
+    assert expand("run") == expand("run/*") == names
+
+
+def test_a_folder_with_keras_files_of_an_unread_kind_is_refused():
+    touch("run/model_1.h5", "run/model_2.weights.h5")
+    with pytest.raises(WavgError, match=r"model_2\.weights\.h5, of a kind"):
+        expand("run")
 
 
 def test_an_output_that_is_named_as_input_stays_one():
@@ -146,11 +182,11 @@ def test_a_glob_that_matches_folders_is_the_folders_as_a_list_is():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing.h5", "there is no file nothing.h5"),
+        ("nothing.h5", "there is no file or folder nothing.h5"),
         ("nothing_*.h5", r"no file matches nothing_\*\.h5"),
         ("empty", "there is no checkpoint in the folder empty"),
         ("text", "there is no checkpoint in the folder text"),
-        ("dangling.h5", "there is no file dangling.h5"),
+        ("dangling.h5", "there is no file or folder dangling.h5"),
     ],
 )
 def test_what_is_missing_is_a_file_not_found_error(name, message):

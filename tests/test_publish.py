@@ -147,5 +147,5 @@ def test_what_a_killed_run_left_is_reclaimed_by_the_next_and_a_living_ones_is_no
 
 
 def test_a_folder_that_does_not_exist_is_said_so(tmp_path):
-    with pytest.raises(OutputError, match="No such file or directory"):
+    with pytest.raises(OutputError, match="there is no folder"):
         wavg.save(tmp_path / "nowhere/m.npz", {"w": np.ones(1)})

@@ -234,6 +234,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {self.index.format}, {len(self)} tensors>"
+
     def close(self) -> None:
         """Close the files."""
         while self._descriptors:
@@ -257,6 +260,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
         CheckpointFormatError
             The file ends before the tensor does.
         """
+        if not self._descriptors:
+            raise ValueError(f"{self.path} is closed")
         if spec.extent is None:
             if self._block_reader is None:
                 raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
@@ -309,11 +314,7 @@ def identify(path: str) -> FileIdentity:
     """Return what a file is now; refuses what is not a regular file, without opening it."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        kind = (
-            "a folder that holds no checkpoint"
-            if stat.S_ISDIR(status.st_mode)
-            else ("a device, pipe or socket")
-        )
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else ("a device, pipe or socket")
         raise CheckpointFormatError(f"{path} is {kind}; expected a checkpoint file", path=path)
     return _identity(path, status)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import wavg
@@ -16,12 +19,13 @@ from wavg import weights as schedules
 from wavg.dtypes import DTYPES
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
-from wavg.inputs import expand, read_steps
+from wavg.inputs import expand, named_steps, read_steps
 from wavg.plan import MIB, Plan, parse_size
 
 __all__ = ["main"]
 
 _SHOWN = 12  # rows of a long list before the rest is counted
+_SHOWN_DIFFERENCES = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,17 +39,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with _terminable():
+            options.run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("wavg: interrupted; nothing was written", file=sys.stderr)
         return 130
     except (WavgError, OSError) as error:
-        print(f"wavg: {error}", file=sys.stderr)
+        lines = _told(error).splitlines()
+        print("\n".join(_shorten(lines, _SHOWN_DIFFERENCES)), file=sys.stderr)
         return 1
     return 0
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, WavgError) and error.filename:
+        return f"wavg: {error.filename}: {error.strerror}"
+    return f"wavg: {error}"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, so that nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -77,7 +107,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     command.add_argument(
         "-n", type=_positive, metavar="N", help="for N checkpoints, one step apart"
     )
-    command.add_argument("--steps", type=_numbers, metavar="A,B,…", help="for checkpoints at these")
+    command.add_argument(
+        "--steps", type=_numbers, metavar="A,B,...", help="for checkpoints at these"
+    )
     _add_json(command)
     command = _command(
         commands,
@@ -133,7 +165,12 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: %(default)s)",
     )
     add("--last", type=_positive, metavar="N", help="only the newest N")
-    add("--steps", type=_numbers, metavar="A,B,…", help="the checkpoints' steps (default: by name)")
+    add(
+        "--steps",
+        type=_numbers,
+        metavar="A,B,...",
+        help="the checkpoints' steps (default: by name)",
+    )
     add(
         "--order",
         choices=("natural", "given"),
@@ -153,7 +190,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=floats,
         metavar="D",
-        help="write averaged tensors in this format: " + ", ".join(floats[:4]) + " …",
+        help="write averaged tensors in this format: " + ", ".join(floats[:4]) + " ...",
     )
     add(
         "--optimizer",
@@ -250,7 +287,26 @@ def _average(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_plan_as_json(plan, options.output, report), indent=2))
     elif not options.quiet:
-        print("\n".join(_plan_as_text(plan, options.output, report)))
+        lines = [*_plan_as_text(plan, options.output, report), *_notes(plan, options)]
+        print("\n".join(lines))
+
+
+def _notes(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
+    """Say what a person might not expect."""
+    paths = [part.path for part in plan.inputs]
+    if options.steps is None and len(paths) > 1 and named_steps(paths) is None:
+        yield "note: the names tell no increasing steps; the checkpoints are counted from 1"
+    if options.order == "natural" and plan.schedule[:1] in "-.0123456789":
+        given = [os.path.realpath(path) for path in options.inputs]
+        if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
+            yield "note: the inputs were put in order; weights go to the oldest first"
+    if any(re.search("running_mean|moving_mean", d.spec.name) for d in plan.averaged):
+        yield (
+            "note: batch-norm statistics were averaged like the rest; "
+            "re-estimating them on training data may do better"
+        )
+    if options.dry_run and os.path.lexists(options.output) and not options.overwrite:
+        yield f"note: {options.output} exists; writing it needs --overwrite"
 
 
 def _plan_as_json(plan: Plan, output: str, report: Report | None) -> dict[str, Any]:
@@ -300,6 +356,8 @@ def _plan_as_text(plan: Plan, output: str, report: Report | None) -> list[str]:
     if plan.others:
         what = "carried over" if plan.keep_others else "left out"
         lines.append(f"optimizer state: {_count(len(plan.others), 'tensor')} {what}")
+    if not plan.patches:
+        lines.append("another format: only the tensors are written, no configuration")
     read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
     lines.append(
         f"memory: at most {plan.projected_memory / MIB:.0f} MiB of "
@@ -335,16 +393,16 @@ def _bytes(number: int) -> str:
     return f"{size:.3g} TB"
 
 
-def _shorten(lines: list[str]) -> list[str]:
-    if len(lines) <= _SHOWN:
+def _shorten(lines: list[str], most: int = _SHOWN) -> list[str]:
+    if len(lines) <= most:
         return lines
-    return [*lines[: _SHOWN - 1], f"  ... and {len(lines) - _SHOWN + 1} more"]
+    return [*lines[: most - 1], f"  ... and {len(lines) - most + 1:,} more"]
 
 
 def _weights(options: argparse.Namespace) -> None:
     given = [bool(options.inputs), options.n is not None, options.steps is not None]
     if sum(given) != 1:
-        options.command.error("say for which checkpoints: one of -n N, --steps A,B,… or INPUT...")
+        options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
     if options.inputs:
         steps: Sequence[float] = read_steps(expand(options.inputs, sort=True))
     else:

@@ -5,8 +5,10 @@ Everything shown is computed in the run, through the functions any user has.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,11 +152,11 @@ def story(result: Result) -> str:
     """Tell the run: what was done, the table, what it shows, and what to do next."""
     low, high = min(result.single), max(result.single)
     name, scores = next(iter(result.averages.items()))
-    glob = os.path.join(result.folder, "model_*.safetensors")
+    pattern = os.path.join(glob.escape(result.folder), "model_*.safetensors")
     picture = result.picture or "none: `pip install matplotlib` and run again"
     return f"""\
 A 2-25-3 network learned {EPOCHS} epochs on 100 points in three overlapping blobs, at a learning
-rate too high to settle. Its last {KEPT} epochs are {glob}.
+rate too high to settle. Its last {KEPT} epochs are {pattern}.
 Accuracy on 1,000 points it has not seen, of the n-th newest checkpoint alone and of the average
 of the newest n:
 
@@ -165,7 +167,7 @@ average: which one you get is luck. The {name} average of all {KEPT} scores {sco
 (One run with one seed: your own held-out data decides.)
 
 picture: {picture}
-next:    wavg average '{glob}' -o average.safetensors --weights linear"""
+next:    wavg average {shlex.quote(pattern)} -o average.safetensors --weights linear"""
 
 
 def plot(result: Result, path: str) -> None:
@@ -180,7 +182,7 @@ def plot(result: Result, path: str) -> None:
     axes.plot(counts, result.single, "o", color="0.55", label="n-th newest checkpoint alone")
     for (name, scores), style in zip(result.averages.items(), ("-", "--", ":"), strict=True):
         axes.plot(counts, scores, style, linewidth=2, label=f"average of the newest n, {name}")
-    axes.set_xlabel("n")
+    axes.set_xlabel("n, newest checkpoint first")
     axes.set_ylabel("held-out accuracy")
     axes.set_xticks(list(counts))
     axes.set_title(f"The last {len(result.single)} of {EPOCHS} epochs, alone and averaged")

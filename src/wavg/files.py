@@ -36,7 +36,7 @@ Array = npt.NDArray[Any]
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What an average from files to a file did.
 
@@ -55,6 +55,9 @@ class Report:
     plan: Plan
     differing: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"<Report: {self.output}, {self.plan!r}>"
+
 
 class AverageOptions(TypedDict, total=False):
     """The keyword arguments of `average_checkpoints`, for type checkers."""
@@ -62,7 +65,7 @@ class AverageOptions(TypedDict, total=False):
     weights: schedules.WeightsLike
     last: int | None
     steps: Sequence[float] | None
-    sort: bool
+    sort: bool | None
     dtype: str | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
@@ -96,7 +99,7 @@ def average_checkpoints(
     weights: schedules.WeightsLike = "equal",
     last: int | None = None,
     steps: Sequence[float] | None = None,
-    sort: bool = False,
+    sort: bool | None = None,
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -115,21 +118,22 @@ def average_checkpoints(
     Parameters
     ----------
     inputs
-        A glob, a folder, a path, or a list of them, oldest first. A glob or a folder is sorted
-        naturally (``model_9`` before ``model_10``); a list is taken as given.
+        A glob, a folder, a path, or a list of them, oldest first. A glob or a folder is put in
+        training order by its names (``model_9`` before ``model_10``); a list is taken as given.
     output
         The file to write. None returns the arrays. A file of the inputs' format is the newest
         input with its numbers replaced: configuration, attributes, optimizer state and all else
         stay, byte for byte. Any other format is a new file that holds the tensors.
     weights
         ``"equal"``, ``"linear"``, ``"exponential:alpha=2"``, a schedule such as
-        `wavg.exponential`, or one number a checkpoint, oldest first.
+        ``wavg.exponential(alpha=3)``, or one number a checkpoint, oldest first.
     last
         Only the newest so many.
     steps
         Where in training each checkpoint was saved; read from the file names by default.
     sort
-        Put a list, too, into natural order.
+        True puts a list, too, in the order of its names. With None a list whose names suggest
+        another order gets a warning, with False none.
     dtype
         Write averaged tensors in this floating-point format rather than their own.
     include, exclude
@@ -230,7 +234,7 @@ def plan_average(
     weights: schedules.WeightsLike = "equal",
     last: int | None = None,
     steps: Sequence[float] | None = None,
-    sort: bool = False,
+    sort: bool | None = None,
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -269,6 +273,7 @@ def plan_average(
     paths, all_steps = _select(inputs, steps, last, sort, target)
     if target is not None:
         format_of_output(target)
+        refuse_existing(target, overwrite=True)  # a folder that is missing is told now
     with _opened(paths, opaque_dtype) as checkpoints:
         return _plan(checkpoints, all_steps, weights, target, options)
 
@@ -398,7 +403,7 @@ def _select(
     inputs: PathLike | Iterable[PathLike],
     steps: Sequence[float] | None,
     last: int | None,
-    sort: bool,
+    sort: bool | None,
     output: str | None,
 ) -> tuple[list[str], tuple[float, ...]]:
     """Return the paths to average and their steps, oldest first."""

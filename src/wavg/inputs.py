@@ -9,13 +9,14 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
-from wavg.formats import format_of_output, is_checkpoint_name
+from wavg.formats import format_of_output, is_checkpoint_name, is_other_keras_name
 
-__all__ = ["PathLike", "expand", "natural_key", "read_steps"]
+__all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -34,26 +35,38 @@ def natural_key(path: str) -> list[tuple[int, int, str]]:
 
 
 def expand(
-    inputs: PathLike | Iterable[PathLike], *, sort: bool = False, output: str | None = None
+    inputs: PathLike | Iterable[PathLike],
+    *,
+    sort: bool | None = None,
+    output: str | None = None,
 ) -> list[str]:
     """Return the paths of the checkpoints, oldest first.
 
-    A glob or a folder is sorted naturally; a list stays as given, unless `sort`. In a folder, the
-    files named like checkpoints count, but for the `output`; they must be of one kind.
+    A glob or a folder is put in training order, see `in_order`. A list stays as given unless
+    `sort`; with ``sort=None`` a list whose names' numbers say otherwise gets a warning. Of a glob
+    or a folder, the `output` is left out where the other names have a number and it has none: that
+    is what an earlier run wrote.
 
     Raises
     ------
     FileNotFoundError
         A path that does not exist, a glob or a folder without a checkpoint.
     WavgError
-        The same file twice, or a folder with checkpoints of several kinds.
+        The same file twice; a folder that holds checkpoints of several kinds, or others besides
+        those of a numbered series.
     """
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     paths = [path for name in given for path in _expand_one(os.fspath(name), output)]
     if not paths:
         raise WeightError("there is nothing to average: no checkpoint was given")
     if sort:
-        paths.sort(key=natural_key)
+        paths = in_order(paths)
+    elif sort is None and _numbers_say_otherwise(paths):
+        warnings.warn(
+            "the checkpoints' names suggest another order than that of the list, which is taken as "
+            "oldest first; pass sort=True to go by the names, sort=False for the list as it is",
+            stacklevel=4,
+        )
     seen: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
@@ -63,33 +76,90 @@ def expand(
     return paths
 
 
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Sort by the number behind ``step`` or ``epoch`` where all names have one, else naturally.
+
+    >>> in_order(["loss0.9-epoch10.h5", "loss1.2-epoch9.h5"])
+    ['loss1.2-epoch9.h5', 'loss0.9-epoch10.h5']
+    """
+    result = sorted(paths, key=natural_key)
+    for names in _names(result):
+        for pattern in _NAMED:
+            numbers = [_step(name, pattern) for name in names]
+            if all(number is not None for number in numbers) and len({*numbers}) == len(numbers):
+                ranked = sorted(zip(numbers, range(len(result)), strict=True))
+                return [result[position] for _, position in ranked]
+    return result
+
+
+def _numbers_say_otherwise(paths: list[str]) -> bool:
+    numbers = [_step(name, None) for name in next(_names(paths))]
+    known = [number for number in numbers if number is not None]
+    return len({*known}) == len(paths) and known != sorted(known)
+
+
 def _expand_one(name: str, output: str | None) -> list[str]:
     if os.path.isdir(name):
-        entries = (entry for entry in os.listdir(name) if not entry.startswith("."))
-        files = [os.path.join(name, entry) for entry in entries]
-        files = [path for path in files if is_checkpoint_name(path) and os.path.isfile(path)]
-        if output is not None:  # what an earlier run wrote there is no checkpoint of the training
-            files = [path for path in files if os.path.realpath(path) != os.path.realpath(output)]
-        if not files:
-            raise FileNotFoundError(f"there is no checkpoint in the folder {name}")
-        if len({format_of_output(path) for path in files}) > 1:
-            kinds = sorted({os.path.splitext(path)[1] for path in files})
-            raise WavgError(
-                f"the folder {name} holds several kinds of files ({', '.join(kinds)}); "
-                f"name one with a glob, such as {name.rstrip(os.sep)}/*{kinds[0]}",
-                path=name,
-            )
-        return sorted(files, key=natural_key)
+        return in_order(_of_folder(name, output))
     if not os.path.lexists(name) and glob.has_magic(name):
-        files = sorted(glob.glob(name, recursive=True), key=natural_key)
+        files = glob.glob(name, recursive=True)
         if not files:
-            raise FileNotFoundError(f"no file matches {name}")
+            hint = "; write [[] for a bracket that is meant" if "[" in name else ""
+            raise FileNotFoundError(f"no file matches {name}{hint}")
         if any(map(os.path.isdir, files)):
-            return [path for file in files for path in _expand_one(file, output)]
-        return files
+            return [p for file in sorted(files, key=natural_key) for p in _expand_one(file, output)]
+        return in_order(_without_output(_without_aliases(files), output))
     if not os.path.exists(name):
-        raise FileNotFoundError(f"there is no file {name}")
+        raise FileNotFoundError(f"there is no file or folder {name or 'without a name'}")
     return [name]
+
+
+def _of_folder(folder: str, output: str | None) -> list[str]:
+    entries = (entry for entry in os.listdir(folder) if not entry.startswith("."))
+    paths = [os.path.join(folder, entry) for entry in entries]
+    unread = sorted(path for path in paths if is_other_keras_name(path))
+    if unread:
+        raise WavgError(
+            f"the folder {folder} holds {os.path.basename(unread[0])}, of a kind that this version "
+            "of wavg does not read; name the checkpoints to average with a glob",
+            path=folder,
+        )
+    files = [path for path in paths if is_checkpoint_name(path) and os.path.isfile(path)]
+    files = _without_output(_without_aliases(files), output)
+    if not files:
+        raise FileNotFoundError(f"there is no checkpoint in the folder {folder}")
+    if len({format_of_output(path) for path in files}) > 1:
+        kinds = sorted({os.path.splitext(path)[1] for path in files})
+        raise WavgError(
+            f"the folder {folder} holds several kinds of files ({', '.join(kinds)}); "
+            f"name one with a glob, such as {os.path.join(folder, '*' + kinds[0])}",
+            path=folder,
+        )
+    plain = sorted(os.path.basename(path) for path in files if not _numbered(path))
+    if plain and len(files) - len(plain) > 1:
+        raise WavgError(
+            f"the folder {folder} holds {', '.join(plain[:3])} besides a numbered series of "
+            "checkpoints; name those to average with a glob",
+            path=folder,
+        )
+    return files
+
+
+def _numbered(path: str) -> bool:
+    return _step(os.path.splitext(os.path.basename(path))[0], None) is not None
+
+
+def _without_output(paths: list[str], output: str | None) -> list[str]:
+    if output is None or _numbered(output):
+        return paths
+    others = [path for path in paths if os.path.realpath(path) != os.path.realpath(output)]
+    return others if others and all(map(_numbered, others)) else paths
+
+
+def _without_aliases(paths: list[str]) -> list[str]:
+    """Leave out links to files that are there by their own name, such as ``latest``."""
+    own = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
+    return [p for p in paths if not (os.path.islink(p) and os.path.realpath(p) in own)]
 
 
 def read_steps(paths: Sequence[str]) -> tuple[float, ...]:
@@ -104,17 +174,33 @@ def read_steps(paths: Sequence[str]) -> tuple[float, ...]:
     >>> read_steps(["w.05-0.81.h5", "w.06-0.72.h5"]), read_steps(["best.h5", "last.h5"])
     ((5.0, 6.0), (1.0, 2.0))
     """
-    split = [os.path.split(os.path.abspath(path)) for path in paths]
-    files = [os.path.splitext(name)[0] for _, name in split]
-    folders = [os.path.basename(folder) for folder, _ in split]
-    for names in (files, folders):
-        for pattern in (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)", None):
+    return named_steps(paths) or tuple(float(position) for position in range(1, len(paths) + 1))
+
+
+def named_steps(paths: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the steps that the names tell, or None if they tell no increasing series.
+
+    >>> named_steps(["best.h5", "last.h5"]) is None
+    True
+    """
+    for names in _names(paths):
+        for pattern in (*_NAMED, None):
             steps = [_step(name, pattern) for name in names]
             known = [step for step in steps if step is not None]
             rising = all(a < b for a, b in itertools.pairwise(known))
             if len(known) == len(paths) and rising:
                 return tuple(known)
-    return tuple(float(position) for position in range(1, len(paths) + 1))
+    return None
+
+
+_NAMED = (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)")
+
+
+def _names(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the files' names without ending, then those of their folders."""
+    split = [os.path.split(os.path.abspath(path)) for path in paths]
+    yield [os.path.splitext(name)[0] for _, name in split]
+    yield [os.path.basename(folder) for folder, _ in split]
 
 
 def _step(name: str, pattern: str | None) -> float | None:

@@ -173,7 +173,7 @@ def _join(group: Sequence[Decision]) -> Run:
     return Run(tuple(group), starts, tuple(sources), size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Everything decided before the first block is read.
 
@@ -187,6 +187,8 @@ class Plan:
         One a tensor, in the reference's order.
     others, keep_others
         Tensors beside the model (optimizer slots), and whether they are kept.
+    patches
+        Whether the output is the reference file with its numbers replaced.
     options
         What was asked for.
     block, workers
@@ -206,6 +208,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     others: tuple[TensorSpec, ...]
     keep_others: bool
+    patches: bool
     options: Options
     block: int
     workers: int
@@ -213,6 +216,12 @@ class Plan:
     bytes_written: int
     projected_memory: int
     result_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {self.schedule} weights, {len(self.inputs)} inputs, "
+            f"{len(self.averaged)} tensors averaged, {len(self.carried)} carried over>"
+        )
 
     @property
     def averaged(self) -> list[Decision]:
@@ -310,6 +319,7 @@ def make_plan(
         decisions=decisions,
         others=reference.others,
         keep_others=keep_others,
+        patches=patches,
         options=options,
         block=block,
         workers=workers,
@@ -341,17 +351,21 @@ def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
                     f"{index.path}: {name} is {found.describe()}, not {spec.describe()}"
                 )
         differences += [
-            f"{index.path}: has {name} ({spec.describe()}) besides"
+            f"{index.path}: also has {name} ({spec.describe()})"
             for name, spec in table.items()
             if name not in tables[-1]
         ]
     if differences:
         raise StructureMismatchError(
-            f"the inputs do not hold the same tensors as the newest, {reference.path}:\n  "
+            f"{_count_of(differences)} between the inputs and the newest, {reference.path}:\n  "
             + "\n  ".join(differences),
             differences=differences,
         )
     return {spec.name: tuple(table[spec.name] for table in tables) for spec in reference.tensors}
+
+
+def _count_of(differences: Sequence[str]) -> str:
+    return f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
 
 
 def _decide(spec: TensorSpec, sources: tuple[TensorSpec, ...], options: Options) -> Decision:
@@ -416,7 +430,7 @@ def _fit(
         fixed += _HDF5_BYTES
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
     wanted = max(1, min(_LARGEST_BLOCK, total))
-    for workers in range(options.workers, 0, -1):
+    for workers in range(min(options.workers, -(-total // wanted)), 0, -1):
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:

@@ -39,6 +39,9 @@ def refuse_existing(path: str, overwrite: bool) -> None:
         )
     if os.path.isdir(path):
         raise OutputError(f"{path} is a folder; the output is a file", path=path)
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise OutputError(f"cannot write {path}: there is no folder {folder}", path=path)
 
 
 class AtomicFile:

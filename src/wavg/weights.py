@@ -236,6 +236,10 @@ def resolve(weights: WeightsLike) -> Schedule:
         return weights
     if isinstance(weights, str):
         return parse(weights)
+    if callable(weights):
+        raise WeightError(
+            f"{weights!r} is not a schedule; call it, as in wavg.exponential(alpha=3)"
+        )
     return explicit(weights)
 
 

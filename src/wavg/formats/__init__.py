@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 from typing import Any, NamedTuple
 
 from wavg.checkpoint import Checkpoint, Index, identify
@@ -27,6 +28,7 @@ __all__ = [
     "Format",
     "format_of_output",
     "is_checkpoint_name",
+    "is_other_keras_name",
     "load_module",
     "open_file",
 ]
@@ -81,6 +83,8 @@ def open_file(
         No such file.
     """
     identify(path)  # refuses pipes and devices before they are opened
+    if opaque_dtype not in (None, "bfloat16"):
+        raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
     module = load_module(_detect(path).name)
     index: Index = module.read_index(path, opaque_dtype=opaque_dtype, like=like)
     if like is not None and index.tensors == like.tensors:
@@ -90,24 +94,35 @@ def open_file(
 
 def is_checkpoint_name(path: str) -> bool:
     """Whether a file's name ends like that of a checkpoint this version reads."""
-    return path.endswith(tuple(s for row in FORMATS for s in row.suffixes)) and not _recognised(
-        path
-    )
+    return _format_by_name(path) is not None
+
+
+def is_other_keras_name(path: str) -> bool:
+    """Whether a file's name is that of a Keras checkpoint this version does not read."""
+    return "Keras" in (_recognised(path) or "")
 
 
 def format_of_output(path: str) -> Format:
     """Return the format an output's name asks for."""
-    for row in FORMATS:
-        if path.endswith(row.suffixes) and not _recognised(path):
-            return row
+    row = _format_by_name(path)
+    if row is not None:
+        return row
     known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
-    raise OutputError(
-        f"cannot tell what format {path} should have; end its name with one of {known}", path=path
-    )
+    kind = _recognised(path)
+    why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
+    raise OutputError(f"{path}: {why}; end the output's name with one of {known}", path=path)
+
+
+def _format_by_name(path: str) -> Format | None:
+    if _recognised(path):
+        return None
+    return next((row for row in FORMATS if path.lower().endswith(row.suffixes)), None)
 
 
 def _recognised(path: str) -> str | None:
-    name = os.path.basename(path)
+    name = os.path.basename(path).lower()
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name):
+        return "single shards of sharded safetensors"
     return next((text for suffix, text in _RECOGNISED.items() if name.endswith(suffix)), None)
 
 
@@ -117,7 +132,7 @@ def _detect(path: str) -> Format:
     by_magic = [row for row in FORMATS if start.startswith(row.magic)]
     if by_magic and not (by_magic[0].name == "npz" and _recognised(path)):
         return by_magic[0]
-    if start[8:9] == b"{":
+    if start[8:9] == b"{" and "shard" not in (_recognised(path) or ""):
         return next(row for row in FORMATS if row.name == "safetensors")
     raise CheckpointFormatError(f"{path}: {_diagnose(path, start)}", path=path)
 

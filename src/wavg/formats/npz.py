@@ -42,8 +42,12 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
                     specs.append(_spec(path, raw, member, info, opaque_dtype))
                     while member.read(_COPY_BYTES):  # the zip library compares the checksum
                         pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
-        raise CheckpointFormatError(f"{path}: not a sound .npz file: {error}", path=path) from None
+    except CheckpointFormatError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointFormatError(
+            f"{path}: not a sound .npz file, perhaps truncated: {error}", path=path
+        ) from None
     return Index("npz", (identity,), tuple(specs))
 
 

@@ -32,8 +32,8 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
         if len(prefix) < 8 or length > min(_HEADER_LIMIT, identity.size - 8):
             raise _bad(
                 path,
-                f"the header claims {length:,} bytes; the file has {identity.size:,}, "
-                f"and a header at most {_HEADER_LIMIT:,}. The file may be truncated",
+                f"its header claims {length:,} bytes of the file's {identity.size:,} "
+                f"(at most {_HEADER_LIMIT:,} are allowed); it may be truncated",
             )
         raw = file.read(length)
     signature = hashlib.sha256(b"%d:%b" % (identity.size, raw)).digest()
