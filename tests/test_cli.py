@@ -402,7 +402,9 @@ def test_weights_json_is_one_object_for_scripts(run):
     [[], ["-n", 3, "--steps", "1,2,3"], [*FILES, "-n", 4], [*FILES, "--steps", "1,2,3,4"]],
 )
 def test_weights_need_exactly_one_source(run, sources):
-    assert_fails(run("weights", "linear", *sources), "one of -n N, --steps A,B,... or INPUT", code=2)
+    assert_fails(
+        run("weights", "linear", *sources), "one of -n N, --steps A,B,... or INPUT", code=2
+    )
 
 
 @pytest.mark.parametrize(

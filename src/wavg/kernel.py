@@ -26,6 +26,7 @@ of float64 at ``m``; the quotient is the midpoint, or float64 tells them apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -47,7 +48,8 @@ _TILE_ELEMENTS = 10 << 16  # widened at once, all rows together: 65,536 columns 
 _WIDEST_TILE = 1 << 16
 _WEIGHT_BITS = 28  # of whole-number weights' sum; more, and the theorem above no longer holds
 _FEW = 400  # numbers in so few columns are settled sooner one by one than all at once
-_DENSE = 8  # if more than one in so many columns is left over, a whole tile is sooner done
+_DENSE = 8  # if more than one in so many columns is left over, it is sooner to do all of them
+_SETTLED = 1 << 13  # columns that steps 2 and 3 take at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def span(inputs: int, outputs: int, target: DType) -> int:
     """Return the columns that a `Combiner` settles at once: a whole number of its tiles."""
     tile = _tile_width(inputs, outputs)
     if target.precision == 53:
-        return min(tile, 1 << 14)  # double-double for all of it: many arrays of this length
+        return min(tile, _SETTLED)  # step 3 for all of it
     return tile * max(1, 4 // outputs)
 
 
@@ -152,9 +154,8 @@ def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block
     wide = 8 if _start(source, target) == np.float64 else 4
     widened = tile * inputs * (wide + 4 * (source.name == "float16"))
     settled = outputs * width * (2 * wide + 2 * target.itemsize + 1)
-    # Columns left over: one in `_DENSE`, or a whole tile in float64, and copies of those.
-    few = width * (inputs * (16 + source.itemsize) + 160) // _DENSE
-    return widened + settled + max(few, tile * (inputs * 16 + 160)) + (1 << 18)
+    left_over = min(_SETTLED, width) * (inputs * (24 + source.itemsize) + 200)
+    return widened + settled + width * 8 // _DENSE + left_over + (1 << 18)
 
 
 def _start(source: DType, target: DType) -> type[np.float32] | type[np.float64]:
@@ -295,13 +296,13 @@ class Combiner:
         np.not_equal(bits_of(outs), bits_of(self._other), out=self._flags)
         for index, (flags, out) in enumerate(zip(self._flags, outs, strict=True)):
             count = int(np.count_nonzero(flags))
-            if count * _DENSE > len(flags):
-                for start in range(0, len(flags), self._tile):
-                    tile = slice(start, start + self._tile)
-                    out[tile] = self._settle(index, raw[:, tile])
+            if count * _DENSE > len(flags):  # all of them, rather than picking most
+                for start in range(0, len(flags), _SETTLED):
+                    part = slice(start, start + _SETTLED)
+                    out[part] = self._settle(index, raw[:, part])
             elif count:
-                columns = np.flatnonzero(flags)
-                out[columns] = self._settle(index, np.take(raw, columns, axis=1))
+                for columns in _portions(np.flatnonzero(flags)):
+                    out[columns] = self._settle(index, np.take(raw, columns, axis=1))
 
     def _quotients_of_exact_sums(self, raw: Array, outs: Array) -> None:
         """Step 2 for a whole span of a format whose sums are always exact."""
@@ -311,8 +312,8 @@ class Combiner:
         for index, (quotients, out) in enumerate(zip(sums, outs, strict=True)):
             np.copyto(out, round_to(quotients, self._target))
             if not quotients.all():
-                zeros = np.flatnonzero(quotients == 0.0)
-                out[zeros] = self._signed_zeros(index, np.take(raw, zeros, axis=1))
+                for zeros in _portions(np.flatnonzero(quotients == 0.0)):
+                    out[zeros] = self._signed_zeros(index, np.take(raw, zeros, axis=1))
 
     def _settle(self, index: int, columns: Array) -> Array:
         """Take steps 2 and 3: return the rounded means of columns, for one row of weights."""
@@ -476,6 +477,10 @@ def _widen_half(raw: Array, out: Array) -> None:
     np.copyto(whole, raw.view(np.int16))
     np.left_shift(whole, 13, out=whole)
     np.bitwise_and(whole, np.int32(-0x70002000), out=whole)
+
+
+def _portions(columns: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
+    return (columns[start : start + _SETTLED] for start in range(0, len(columns), _SETTLED))
 
 
 def _fits(bits: int, highest: int, lowest: int, source: DType) -> bool:
