@@ -163,9 +163,6 @@ class _Job:
         self._plan, self._checkpoints, self._sink = plan, checkpoints, sink
         self._combination = Combination.of(plan.coefficients)
         self._scratch = threading.local()
-        # Reading needs no interpreter lock; NumPy needs it between any two operations, and two
-        # threads that compute wait for each other longer than they work. So half of them read.
-        self._turns = threading.Semaphore(max(1, plan.workers // 2))
         self.stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,8 +212,7 @@ class _Job:
             checkpoint.read(spec, task.start, row.view(entry.numpy))
         outs = _view(buffer[taken:], (1, count * parts), target.numpy)
         try:
-            with self._turns:
-                self._combiner(source, target)(block, outs)
+            self._combiner(source, target)(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
         values = outs[0].view(output.numpy)
