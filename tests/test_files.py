@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -157,10 +158,11 @@ def test_an_existing_output_is_refused_and_untouched(run, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".npz"])
 def test_an_output_that_is_an_input_is_safe_with_overwrite(run, tmp_path, suffix):
-    glob = run(*kernels([1], [3]), suffix=suffix)
+    run(*kernels([1], [3]), suffix=suffix)
+    paths = [tmp_path / f"model_{step}{suffix}" for step in (1, 2)]
     with pytest.raises(wavg.OutputExistsError):
-        wavg.average_checkpoints(glob, tmp_path / f"model_2{suffix}")
-    wavg.average_checkpoints(glob, tmp_path / f"model_2{suffix}", overwrite=True)
+        wavg.average_checkpoints(paths, tmp_path / f"model_2{suffix}")
+    wavg.average_checkpoints(paths, tmp_path / f"model_2{suffix}", overwrite=True)
     np.testing.assert_array_equal(wavg.load(tmp_path / f"model_2{suffix}")["w"], [2])
 
 
@@ -370,3 +372,39 @@ def test_more_inputs_than_the_limit_on_open_files(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     np.testing.assert_array_equal(result["w"], [74.5])
+
+
+def test_an_executor_of_processes_is_refused(run, tmp_path):
+    glob = run(*kernels([1], [3]))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        for output in (None, tmp_path / "avg.safetensors"):
+            with pytest.raises(TypeError, match="threads of this process"):
+                wavg.average_checkpoints(glob, output, executor=executor)
+    assert not [name for name in os.listdir(tmp_path) if "avg" in name]
+
+
+def test_a_model_of_empty_tensors_averages(run):
+    result = wavg.average_checkpoints(run(*kernels(np.zeros((0, 3)))))
+    assert result["w"].shape == (0, 3)
+
+
+def test_scales_are_not_averaged_beside_codes_that_are_carried(run):
+    model = {"w": np.int8([1]), "w_scale": np.float32([2]), "other": np.float32([1])}
+    glob = run(model, model)
+    with pytest.raises(wavg.WavgError, match="exclude both"):
+        wavg.average_checkpoints(glob, exclude="w")
+    assert wavg.average_checkpoints(glob, include="other")["w"] == 1
+    assert wavg.average_checkpoints(glob, exclude=["w", "w_scale"])["w_scale"] == 2
+
+
+@pytest.mark.parametrize("name", ["/a", "a/../b", "a\\b"])
+def test_npz_refuses_names_it_would_not_read(tmp_path, name):
+    with pytest.raises(wavg.OutputError, match="cannot hold the name"):
+        wavg.save(tmp_path / "m.npz", {name: np.ones(1)})
+
+
+def test_errors_name_the_output_not_the_temporary(tmp_path):
+    with pytest.raises(wavg.OutputError) as caught:
+        wavg.save(tmp_path / "m.safetensors", {"w": np.zeros(1, np.complex128)})
+    assert "m.safetensors: " in str(caught.value)
+    assert "wavg-tmp" not in str(caught.value)

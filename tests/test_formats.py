@@ -133,7 +133,17 @@ BAD_SAFETENSORS = {
     "offsets the wrong way": ({"data": bytes(8)}, {"w": entry(offsets=(8, 0))}, "but has -8"),
     "missing field": ({"data": bytes(8)}, {"w": {"dtype": "F32", "shape": [2]}}, "lacks dtype"),
     "metadata of numbers": ({}, {"__metadata__": {"step": 3}}, "metadata"),
-    "half a byte": ({"data": bytes(1)}, {"w": entry("F4", (1,), (0, 1))}, "0.5 bytes"),
+    "more dimensions than an array has": (
+        {"data": bytes(4)},
+        {"w": entry(shape=[1] * 65, offsets=(0, 4))},
+        "65 dimensions",
+    ),
+    "a shape beyond all numbers": (
+        {"data": bytes(8)},
+        {"w": entry(shape=[2**62] * 20)},
+        "but has 8",
+    ),
+    "half a byte": ({"data": bytes(1)}, {"w": entry("F4", (1,), (0, 1))}, "and a half bytes"),
 }
 
 
@@ -144,7 +154,8 @@ def test_unsound_safetensors_are_refused(tmp_path, case):
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         wavg.load(path)
     assert str(path) in str(caught.value)
-    if case != "duplicate names":  # of which the reference reader takes the last
+    # Of duplicate names the reference reader takes the last; it has no limit on dimensions.
+    if case not in ("duplicate names", "more dimensions than an array has"):
         with pytest.raises(safetensors.SafetensorError):
             safetensors.safe_open(path, "np")
 

@@ -217,7 +217,9 @@ def test_helpers_see_planted_errors(tmp_path):
     path = GOLDEN / "tf_keras_mlp_3.h5"
     tensors = wavg.load(path)
     planted = {name: array.copy() for name, array in tensors.items()}
-    planted["classes/classes/bias:0"][1] = np.nextafter(planted["classes/classes/bias:0"][1], 9)
+    planted["classes/classes/bias:0"][1] = np.nextafter(
+        planted["classes/classes/bias:0"][1], np.float32(9)
+    )
     assert differing(planted, tensors) == ["classes/classes/bias:0"]
     assert differing({}, tensors) == sorted(tensors)
     assert fingerprints(planted.values()) != fingerprints(tensors.values())

@@ -105,9 +105,12 @@ def test_an_output_in_the_folder_is_none_of_its_checkpoints(output):
         expand("run", output="run/new.h5")
 
 
-def test_an_output_that_continues_the_series_stays_an_input():
+@pytest.mark.parametrize("pattern", ["run", "run/*.h5"])
+def test_an_output_that_may_be_a_checkpoint_has_to_be_named(pattern):
     names = touch("run/model_1.h5", "run/model_2.h5")
-    assert expand("run", output=names[1]) == expand("run/*.h5", output=names[1]) == names
+    with pytest.raises(WavgError, match="name the inputs one by one"):
+        expand(pattern, output=names[1])
+    assert expand(names, output=names[1]) == names
 
 
 def test_the_output_of_an_earlier_run_is_no_input_of_a_glob_either():

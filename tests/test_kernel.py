@@ -244,3 +244,29 @@ def test_accumulate_keeps_a_running_sum():
     for i in range(5):
         kernel.accumulate(total, np.full(4, i, np.float32), keep=0.5, add=2.0)
     np.testing.assert_allclose(total, sum(2.0 * i * 0.5 ** (4 - i) for i in range(5)))
+
+
+@pytest.mark.parametrize("target", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("source", ["float64", "float32"])
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1], [0.3, 0.2, 0.4, 0.1]])
+def test_just_beside_a_midpoint_of_a_narrower_format(source, target, weights):
+    half = 2.0 ** -lookup(target).precision  # half a unit at 1
+    block = np.full((4, 3), 1 + half)
+    block[0, 0] += 2.0**-23
+    block[0, 1] -= 2.0**-23
+    ours = mean(weights, block.astype(source), target).astype(float)
+    assert ours[:2].tolist() == [1 + 2 * half, 1.0]
+
+
+def test_float8_ends_of_the_range_do_not_settle_each_other():
+    block = np.array([[1e10, 1], [-1e10, 1]]).astype(lookup("bfloat16").numpy)
+    assert mean([1, 1], block, "float8_e4m3fnuz").astype(float).tolist() == [0, 1]
+
+
+def test_huge_numbers_and_weights_that_nearly_cancel_are_exact():
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((3, 400)).astype(lookup("bfloat16").numpy)
+    block[:, 7] = np.finfo(np.float32).max / 2
+    assert_exact([1, 2, 3], block)
+    half = rng.standard_normal((3, 100)).astype(np.float16)
+    assert_exact([1.0, -1.0, 2.0**-1000], half)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
 
 Array = npt.NDArray[Any]
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -155,7 +154,8 @@ def average_checkpoints(
     workers
         Threads; by default as many as there are cores for this process.
     executor
-        Runs the workers in place of threads of its own.
+        Runs the workers in place of threads of its own: any executor whose workers are threads of
+        this process.
     progress
         Show a progress bar on standard error if that is a terminal.
 
@@ -177,8 +177,9 @@ def average_checkpoints(
     Notes
     -----
     Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once, to nearest even. Each
-    input is read once, the output written once, in blocks; memory does not depend on the size of
-    the model. The output appears under its name only when it is complete and on disk.
+    input is read once (``.npz`` twice, for its checksums), the output written once, in blocks;
+    memory does not depend on the size of the tensors. The output appears under its name only when
+    it is complete and on disk.
 
     Examples
     --------
@@ -217,11 +218,13 @@ def average_checkpoints(
                 _verify(checkpoints)
                 return memory.arrays()
             with AtomicFile(target, overwrite=overwrite) as file:
-                template = _template(plan, checkpoints[-1], target, file.temporary)
+                with file.failures():
+                    template = _template(plan, checkpoints[-1], target, file.temporary)
                 sink = _FileSink(file, template, checkpoints[-1])
                 differing = stream.run(plan, checkpoints, sink, executor=executor, progress=tick)
                 if template.finish is not None:
-                    template.finish(file.descriptor)
+                    with file.failures():
+                        template.finish(file.descriptor)
                 _verify(checkpoints)
                 file.commit()
     return Report(target, plan, tuple(differing))
@@ -370,13 +373,15 @@ def save(
     specs = [_spec_of(target, name, array) for name, array in arrays.items()]
     module = load_module(format_of_output(target).name)
     with AtomicFile(target, overwrite=overwrite) as file:
-        template = module.create(specs, metadata or {}, file.temporary)
+        with file.failures():
+            template = module.create(specs, metadata or {}, file.temporary)
         sink = _FileSink(file, template, None)
         for name, array in arrays.items():
             if array.size:
                 sink.write(name, 0, array.reshape(-1))
         if template.finish is not None:
-            template.finish(file.descriptor)
+            with file.failures():
+                template.finish(file.descriptor)
         file.commit()
 
 
@@ -460,7 +465,7 @@ def _plan(
         str(schedule),
         options,
         patches=output is not None and _patches(checkpoints[-1], output),
-        in_memory=output is None,
+        output_format=None if output is None else format_of_output(output).name,
     )
 
 
@@ -495,7 +500,14 @@ def _progress_bar(plan: Plan, wanted: bool) -> Iterator[Callable[[int], object] 
         yield bar.update
 
 
-class _MemorySink:
+class _Unsent:
+    """What belongs to this process: another one would write to its own copy."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("wavg's executor has to run threads of this process, not other processes")
+
+
+class _MemorySink(_Unsent):
     """Collects the result as arrays."""
 
     def __init__(self, plan: Plan) -> None:
@@ -516,7 +528,7 @@ class _MemorySink:
         return {name: spec.array(self._flat[name]) for name, spec in self._outputs.items()}
 
 
-class _FileSink:
+class _FileSink(_Unsent):
     """Writes results to their places in a temporary file made after a template."""
 
     def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:

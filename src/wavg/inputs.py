@@ -45,7 +45,7 @@ def expand(
     A glob or a folder is put in training order, see `in_order`. A list stays as given unless
     `sort`; with ``sort=None`` a list whose names' numbers say otherwise gets a warning. Of a glob
     or a folder, the `output` is left out where the other names have a number and it has none: that
-    is what an earlier run wrote.
+    is what an earlier run wrote. Else an output among them is refused.
 
     Raises
     ------
@@ -150,10 +150,18 @@ def _numbered(path: str) -> bool:
 
 
 def _without_output(paths: list[str], output: str | None) -> list[str]:
-    if output is None or _numbered(output):
+    if output is None:
         return paths
     others = [path for path in paths if os.path.realpath(path) != os.path.realpath(output)]
-    return others if others and all(map(_numbered, others)) else paths
+    if len(others) == len(paths):
+        return paths
+    if others and all(map(_numbered, others)) and not _numbered(output):
+        return others
+    raise WavgError(
+        f"the output {output} is among the files that the input's pattern or folder stands for; "
+        "name the inputs one by one if it is one of them, or choose another output",
+        path=output,
+    )
 
 
 def _without_aliases(paths: list[str]) -> list[str]:

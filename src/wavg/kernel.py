@@ -67,6 +67,8 @@ class Combination:
         For each row, its weights as whole numbers of a common factor, exactly.
     lossless
         For each row, whether `matrix` and `totals` alone hold exactly those.
+    tame
+        For each row, whether its weights do not nearly cancel: float64 can divide by its total.
     bits
         For a row of small whole numbers, the bits of the sum of their magnitudes; -1 where that
         exceeds 28 bits, for then sums are not known to be exact.
@@ -77,6 +79,7 @@ class Combination:
     low_totals: F64
     integers: tuple[tuple[int, ...], ...]
     lossless: tuple[bool, ...]
+    tame: tuple[bool, ...]
     bits: tuple[int, ...]
 
     @classmethod
@@ -117,7 +120,15 @@ class Combination:
             lossless.append(same and Fraction(totals[0, index]) == total)
             size = sum(map(abs, whole)).bit_length()
             bits.append(size if size <= _WEIGHT_BITS else -1)
-        return cls(matrix, totals[0], totals[1], tuple(integers), tuple(lossless), tuple(bits))
+        return cls(
+            matrix,
+            totals[0],
+            totals[1],
+            tuple(integers),
+            tuple(lossless),
+            tuple((totals[0] > 2.0**-900).tolist()),
+            tuple(bits),
+        )
 
 
 def _short(values: F64) -> str:
@@ -154,7 +165,7 @@ def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block
     wide = 8 if _start(source, target) == np.float64 else 4
     widened = tile * inputs * (wide + 4 * (source.name == "float16"))
     settled = outputs * width * (2 * wide + 2 * target.itemsize + 1)
-    left_over = min(_SETTLED, width) * (inputs * (24 + source.itemsize) + 200)
+    left_over = min(_SETTLED, width) * (inputs * (32 + source.itemsize) + 200)
     return widened + settled + width * 8 // _DENSE + left_over + (1 << 18)
 
 
@@ -194,15 +205,17 @@ class Combiner:
         self._tile = _tile_width(inputs, outputs)
         self._span = span(inputs, outputs, target)
         self._sums = np.empty((outputs, 0), self._start)
-        normal = combination.matrix / combination.totals[:, None]
-        self._normal = normal.astype(self._start)
+        with np.errstate(all="ignore"):  # of rows that are not tame, nothing of this is used
+            normal = combination.matrix / combination.totals[:, None]
+            self._normal = normal.astype(self._start)
         self._exact_matrix = combination.matrix
         self._always_exact = target.precision < 53 and all(
             _fits(bits, _largest_exponent(source), source.min_exponent, source)
             for bits in combination.bits
         )
         if source.name == "float16":  # `_widen_half` leaves a factor for the weights
-            self._normal = np.ldexp(normal, 112)
+            with np.errstate(all="ignore"):
+                self._normal = np.ldexp(normal, 112)
             self._exact_matrix = np.ldexp(combination.matrix, 112)
         # K products, K additions, rounded weights, and q ± e itself; a hundredth for slack.
         unit = float(np.finfo(self._start).epsneg)
@@ -252,9 +265,12 @@ class Combiner:
                     value=float(raw[row, column]),
                 )
             self._combine_nonfinite(raw, outs)
-        elif self._target.precision == 53 or not largest * self._growth.max() < self._range:
-            for index, out in enumerate(outs):  # float64 cannot vouch for its own last bit
-                out[...] = self._exactly(index, raw.astype(np.float64))
+        elif (
+            self._target.precision == 53
+            or not all(self._combination.tame)
+            or not largest * self._growth.max() < self._range
+        ):
+            self._all_left_over(raw, outs)  # float64 cannot vouch for its own last bit
         elif self._always_exact:
             self._quotients_of_exact_sums(raw, outs)
         else:
@@ -290,19 +306,26 @@ class Combiner:
         self._multiply(self._normal, raw)
         error = (self._error * largest + self._least * (1 + largest))[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
-        np.copyto(outs, self._shifted, casting="unsafe")
+        self._round(outs)
         np.add(self._sums, error, out=self._shifted)
-        np.copyto(self._other, self._shifted, casting="unsafe")
+        self._round(self._other)
         np.not_equal(bits_of(outs), bits_of(self._other), out=self._flags)
+        if self._target.bits == 8:  # some of these formats have one NaN for both ends
+            self._flags |= np.isnan(outs)
         for index, (flags, out) in enumerate(zip(self._flags, outs, strict=True)):
             count = int(np.count_nonzero(flags))
             if count * _DENSE > len(flags):  # all of them, rather than picking most
-                for start in range(0, len(flags), _SETTLED):
-                    part = slice(start, start + _SETTLED)
-                    out[part] = self._settle(index, raw[:, part])
+                self._settle_all(index, raw, out)
             elif count:
                 for columns in _portions(np.flatnonzero(flags)):
                     out[columns] = self._settle(index, np.take(raw, columns, axis=1))
+
+    def _round(self, out: Array) -> None:
+        """Round what is in `_shifted`, once."""
+        if self._start == np.float64 and self._target.precision < 11:
+            np.copyto(out, round_to(self._shifted.astype(np.float64, copy=False), self._target))
+        else:
+            np.copyto(out, self._shifted, casting="unsafe")
 
     def _quotients_of_exact_sums(self, raw: Array, outs: Array) -> None:
         """Step 2 for a whole span of a format whose sums are always exact."""
@@ -315,13 +338,25 @@ class Combiner:
                 for zeros in _portions(np.flatnonzero(quotients == 0.0)):
                     out[zeros] = self._signed_zeros(index, np.take(raw, zeros, axis=1))
 
+    def _all_left_over(self, raw: Array, outs: Array) -> None:
+        for index, out in enumerate(outs):
+            self._settle_all(index, raw, out)
+
+    def _settle_all(self, index: int, raw: Array, out: Array) -> None:
+        for start in range(0, len(out), _SETTLED):
+            part = slice(start, start + _SETTLED)
+            out[part] = self._settle(index, raw[:, part])
+
     def _settle(self, index: int, columns: Array) -> Array:
         """Take steps 2 and 3: return the rounded means of columns, for one row of weights."""
         wide = columns.astype(np.float64)
         bits = self._combination.bits[index]
-        if bits >= 0:
+        if not self._combination.tame[index]:
+            return self._one_by_one(index, wide)
+        if bits >= 0 and self._target.precision < 53:
             highest = math.frexp(float(np.abs(wide).max()))[1]
-            if _fits(bits, highest, _smallest_exponent(wide), self._source):
+            lowest = _smallest_exponent(wide)
+            if lowest > -900 and _fits(bits, highest, lowest, self._source):
                 quotients = self._combination.matrix[index] @ wide
                 quotients /= self._combination.totals[index]
                 values = round_to(quotients, self._target)
@@ -363,6 +398,15 @@ class Combiner:
             values[column] = integer_mean(integers, columns[:, column].tolist(), target)
         return values
 
+    def _one_by_one(self, index: int, columns: F64) -> Array:
+        """Step 3 in whole numbers only."""
+        integers, target = self._combination.integers[index], self._target
+        values = self._signed_zeros(index, columns)
+        used = np.array(integers, dtype=bool)
+        for column in np.flatnonzero(columns[used].any(axis=0)).tolist():
+            values[column] = integer_mean(integers, columns[:, column].tolist(), target)
+        return values
+
     def _signed_zeros(self, index: int, columns: Array) -> Array:
         """Return what IEEE 754 gives a sum of zero terms: -0 only if every term is -0."""
         integers = self._combination.integers[index]
@@ -373,22 +417,20 @@ class Combiner:
 
     def _combine_nonfinite(self, raw: Array, outs: Array) -> None:
         """Combine a tile with NaN or infinities: IEEE 754 where they stand, exact elsewhere."""
-        bad = ~np.isfinite(raw).all(axis=0)
-        finite = np.where(bad, np.zeros((), raw.dtype), raw)
-        self._combine(finite, outs, 0)
-        columns = raw[:, bad].astype(np.float64)
-        for index, out in enumerate(outs):
-            used = np.array(self._combination.integers[index], dtype=bool)
-            weights = self._combination.matrix[index]
-            values = (columns[used] * weights[used, None]).sum(axis=0)
-            values[np.isnan(values)] = np.nan  # one NaN, whatever signs and payloads went in
-            # An input that this row does not use may be what is not finite: then all is as usual.
-            usual = np.isfinite(columns[used]).all(axis=0)
-            places = np.flatnonzero(bad)
-            out[places] = round_to(values, self._target)
-            if usual.any():
-                rest = np.where(used[:, None], columns[:, usual], 0.0)
-                out[places[usual]] = self._exactly(index, rest)
+        for start in range(0, raw.shape[1], _SETTLED):
+            part = slice(start, start + _SETTLED)
+            columns = raw[:, part].astype(np.float64)
+            for index, out in enumerate(outs[:, part]):
+                used = np.array(self._combination.integers[index], dtype=bool)
+                weights = self._combination.matrix[index]
+                values = (columns[used] * weights[used, None]).sum(axis=0)
+                values[np.isnan(values)] = np.nan  # one NaN, whatever signs and payloads went in
+                # An input that this row does not use may be what is not finite.
+                usual = np.isfinite(columns[used]).all(axis=0)
+                out[...] = round_to(values, self._target)
+                if usual.any():
+                    rest = np.where(used[:, None], columns[:, usual], 0.0)
+                    out[usual] = self._settle(index, rest)
 
 
 def combine(

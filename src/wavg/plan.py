@@ -40,6 +40,7 @@ _SMALLEST_BLOCK = 1_024
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
 _HDF5_BYTES = 22 * MIB  # h5py and the HDF5 library
 _WORKER_BYTES = 1 * MIB  # a thread, and what it holds besides the kernel's scratch
+_CREATED_BYTES = 600  # a tensor's part in laying out a new file
 _SPEC_BYTES = 900  # an index entry in memory
 
 
@@ -257,7 +258,7 @@ def make_plan(
     options: Options,
     *,
     patches: bool,
-    in_memory: bool,
+    output_format: str | None,
 ) -> Plan:
     """Decide.
 
@@ -273,8 +274,8 @@ def make_plan(
         What was asked for.
     patches
         Whether the output is the reference file with its numbers replaced, rather than a new file.
-    in_memory
-        Whether the result is arrays.
+    output_format
+        The name of the output's format; None if the result is arrays.
 
     Raises
     ------
@@ -286,13 +287,15 @@ def make_plan(
         Not even the smallest blocks fit `options.max_memory`.
     """
     reference = indexes[-1]
+    in_memory = output_format is None
     sources = _align(indexes)
-    _refuse_quantised(reference, options)
     _check_patterns(reference, options)
     decisions = tuple(_decide(spec, sources[spec.name], options) for spec in reference.tensors)
     if not any(decision.action == "average" for decision in decisions):
         raise WavgError(f"{reference.path}: there is no tensor to average")
-    block, workers, projected = _fit(indexes, decisions, options)
+    _refuse_quantised(reference, decisions)
+    created = None if patches else output_format
+    block, workers, projected = _fit(indexes, decisions, options, created)
     keep_others = options.optimizer == "carry" and not in_memory and patches
     read = sum(
         spec.nbytes
@@ -393,19 +396,21 @@ def _check_patterns(reference: Index, options: Options) -> None:
             )
 
 
-def _refuse_quantised(reference: Index, options: Options) -> None:
-    """Codes beside scales: the mean of codes means nothing, nor do codes beside mean scales."""
-    names = {spec.name for spec in reference.tensors}
+def _refuse_quantised(reference: Index, decisions: Sequence[Decision]) -> None:
+    """Refuse codes beside scales: neither the mean of codes means anything, nor that of scales.
+
+    Where both are taken from the reference, as by `exclude`, they stay together and are fine.
+    """
+    actions = {decision.spec.name: decision.action for decision in decisions}
     for spec in reference.tensors:
         narrow = spec.entry.bits <= 8 and spec.entry.kind in ("int", "float", "code")
-        head, separator, leaf = re.fullmatch(r"(.*?)([./]?)([^./]*)", spec.name, re.S).groups()  # type: ignore[union-attr]
-        packed = leaf in ("qweight", "qzeros")
-        if not (narrow or packed) or _matches(spec.name, options.exclude):
+        place = max(spec.name.rfind("."), spec.name.rfind("/")) + 1
+        if not narrow and spec.name[place:] not in ("qweight", "qzeros"):
             continue
         scales = [f"{spec.name}{suffix}" for suffix in _SCALE_SUFFIXES]
-        scales += [f"{head}{separator}{name}" for name in _SCALE_NAMES]
-        found = next((name for name in scales if name in names), None)
-        if found is not None:
+        scales += [f"{spec.name[:place]}{name}" for name in _SCALE_NAMES]
+        found = next((name for name in scales if name in actions and name != spec.name), None)
+        if found is not None and "average" in (actions[spec.name], actions[found]):
             raise WavgError(
                 f"{reference.path}: {spec.name} holds quantised codes ({spec.dtype}) with the "
                 f"scale {found}: their average has no meaning. Average the checkpoints before "
@@ -420,17 +425,25 @@ _SCALE_NAMES = ("scale", "scales", "SCB", "weight_scb", "absmax")
 
 
 def _fit(
-    indexes: Sequence[Index], decisions: Sequence[Decision], options: Options
+    indexes: Sequence[Index],
+    decisions: Sequence[Decision],
+    options: Options,
+    created: str | None,
 ) -> tuple[int, int, int]:
     """Choose block and workers for the budget; return them with the projected memory."""
     distinct = {id(index.tensors): len(index.tensors) for index in indexes}
     others = sum(len(index.others) for index in indexes)
     fixed = _BASE_BYTES + _SPEC_BYTES * (sum(distinct.values()) + others)
-    if any(index.format == "keras-h5" for index in indexes):
+    if "keras-h5" in (created, *(index.format for index in indexes)):
         fixed += _HDF5_BYTES
+    if created is not None:
+        fixed += _CREATED_BYTES * len(decisions)
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
     wanted = max(1, min(_LARGEST_BLOCK, total))
-    for workers in range(min(options.workers, -(-total // wanted)), 0, -1):
+    most = max(1, min(options.workers, -(-total // wanted)))
+    if any(spec.extent is None for decision in decisions for spec in decision.sources):
+        most = 1  # compressed bytes can only be read in their order
+    for workers in range(most, 0, -1):
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:

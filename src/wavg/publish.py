@@ -72,7 +72,7 @@ class AtomicFile:
         self._descriptor = -1
 
     def __enter__(self) -> AtomicFile:
-        with self._failures():
+        with self.failures():
             self._reclaim()
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             self._descriptor = os.open(self.temporary, flags, 0o666)  # less the umask
@@ -98,20 +98,20 @@ class AtomicFile:
 
     def resize(self, size: int) -> None:
         """Give the file its final length."""
-        with self._failures():
+        with self.failures():
             os.ftruncate(self._descriptor, size)
 
     def write(self, data: bytes | npt.NDArray[Any], offset: int) -> None:
         """Write bytes, or a contiguous array's, at an offset; threads may share this."""
         view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view("u1").data
         done = 0
-        with self._failures():
+        with self.failures():
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
 
     def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
         """Copy bytes of another open file to an offset of this one."""
-        with self._failures():
+        with self.failures():
             while length:
                 data = os.pread(source, min(length, _COPY_BYTES), start)
                 if not data:
@@ -121,7 +121,7 @@ class AtomicFile:
 
     def commit(self) -> None:
         """Make the file durable and let it appear under its name."""
-        with self._failures():
+        with self.failures():
             os.fsync(self._descriptor)
             if self._overwrite:
                 os.replace(self.temporary, self._destination)
@@ -178,11 +178,15 @@ class AtomicFile:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
+    def failures(self) -> Iterator[None]:
+        """Turn what the system refuses into an `OutputError` that names the destination."""
         try:
             yield
-        except OutputError:
-            raise
+        except OutputError as error:
+            if self.temporary not in str(error):
+                raise
+            message = str(error).replace(self.temporary, self.path)
+            raise OutputError(message, path=self.path, tensor=error.tensor) from error
         except OSError as error:
             raise OutputError(
                 f"cannot write {self.path}: {error.strerror or error}; "

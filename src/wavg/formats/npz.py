@@ -7,6 +7,7 @@ name for (bfloat16, float8) are written as a structure of one unsigned field tha
 from __future__ import annotations
 
 import ast
+import collections
 import os
 import struct
 import threading
@@ -35,7 +36,7 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     specs: list[TensorSpec] = []
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
-            names = [info.filename for info in archive.infolist()]
+            names = collections.Counter(info.filename for info in archive.infolist())
             for info in archive.infolist():
                 _check_member(path, info, names)
                 with archive.open(info) as member:
@@ -55,20 +56,24 @@ def _bad(path: str, name: str, why: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{path}: member {name!r} {why}", path=path, tensor=name)
 
 
-def _check_member(path: str, info: zipfile.ZipInfo, names: list[str]) -> None:
+def _check_member(path: str, info: zipfile.ZipInfo, names: Mapping[str, int]) -> None:
     name = info.filename
-    if names.count(name) > 1:
+    if names[name] > 1:
         raise _bad(path, name, "appears twice")
     if info.flag_bits & 1:
         raise _bad(path, name, "is encrypted")
     if not name.endswith(".npy"):
         raise _bad(path, name, "is not an .npy array")
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+    if not _is_safe(name):
         raise _bad(path, name, "has an unsafe name")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise _bad(path, name, "is compressed in a way other than deflate")
     if info.file_size > _LARGEST_RATIO * max(info.compress_size, 1):
         raise _bad(path, name, f"would unpack to more than {_LARGEST_RATIO} times its size")
+
+
+def _is_safe(name: str) -> bool:
+    return not (name.startswith("/") or "\\" in name or ".." in name.split("/"))
 
 
 def _spec(
@@ -203,7 +208,8 @@ def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) 
     with open(path, "r+b") as file, zipfile.ZipFile(file, "w") as archive:
         for spec in specs:
             info = zipfile.ZipInfo(f"{spec.name}.npy")  # dated 1980: the same bytes every time
-            if info.filename != f"{spec.name}.npy" or info.filename in archive.NameToInfo:
+            sound = info.filename == f"{spec.name}.npy" and _is_safe(info.filename)
+            if not sound or info.filename in archive.NameToInfo:
                 raise OutputError(f"{path}: .npz cannot hold the name {spec.name!r}", path=path)
             header = _npy_header(spec)
             headers[spec.name] = len(header)

@@ -19,6 +19,7 @@ from wavg.errors import CheckpointFormatError, OutputError
 __all__ = ["create", "patch", "read_index"]
 
 _HEADER_LIMIT = 100_000_000
+_MOST_DIMENSIONS = 64  # NumPy's limit
 _BY_CODE = {entry.code: entry for entry in DTYPES if entry.code}
 _METADATA = "__metadata__"
 
@@ -92,12 +93,17 @@ def _spec(path: str, name: str, entry: Any, base: int) -> TensorSpec:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _bad(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}", name)
     start, end = offsets
+    if len(shape) > _MOST_DIMENSIONS or not _is_text(name):
+        raise _bad(path, f"a tensor has {len(shape)} dimensions or a name that is no text", name)
     bits = math.prod(shape) * _BY_CODE[code].bits
     if bits % 8 or end - start != bits // 8:
-        raise _bad(
-            path, f"{name!r} is {code}{shape}, {bits / 8:g} bytes, but has {end - start}", name
-        )
+        size = f"{bits // 8:,}{' and a half' if bits % 8 else ''} bytes"
+        raise _bad(path, f"{name!r} is {code}{shape}, {size}, but has {end - start}", name)
     return TensorSpec(name, _BY_CODE[code].name, tuple(shape), Extent(0, base + start, end - start))
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _naturals(values: Any) -> bool:
