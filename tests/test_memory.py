@@ -18,14 +18,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def measure(folder, suffix, weights="equal", max_memory="64MiB") -> dict:
+def measure(folder, suffix, weights="equal", max_memory="64MiB", target=None) -> dict:
     probe = Path(__file__).with_name("memory_probe.py")
     output = subprocess.run(
         [
             sys.executable,
             probe,
             f"{folder}/m_*{suffix}",
-            f"{folder}/avg{suffix}",
+            f"{folder}/avg{target or suffix}",
             weights,
             max_memory,
         ],
@@ -88,4 +88,29 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 def test_many_tensors_in_many_files_share_one_index(tmp_path, suffix):
     save_run(tmp_path, suffix, 5, 700, (20,), "float32")
     figures = measure(tmp_path, suffix)
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+def test_huge_values_keep_the_promise(tmp_path):
+    rng = np.random.default_rng(0)
+    for step in range(10):
+        model = random_array(rng, "bfloat16", (600_000,))
+        model[::100_000] = -3.38e38  # next to the least value, as in a mask
+        wavg.save(tmp_path / f"m_{step}.safetensors", {"w": model})
+    figures = measure(tmp_path, ".safetensors")
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+def test_compressed_archives_keep_the_promise(tmp_path):
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        np.savez_compressed(tmp_path / f"m_{step}.npz", w=rng.standard_normal(1_000_000))
+    figures = measure(tmp_path, ".npz")
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+@pytest.mark.parametrize("target", [".h5", ".npz"])
+def test_writing_another_format_keeps_the_promise(tmp_path, target):
+    save_run(tmp_path, ".safetensors", 3, 2000, (20,), "float32")
+    figures = measure(tmp_path, ".safetensors", target=target)
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Checkpoint, Sink, TensorSpec
+from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combination, Combiner
 from wavg.plan import Decision, Plan, Run, make_runs
@@ -46,8 +48,7 @@ def run(
     sink
         Takes the results.
     executor
-        Runs the plan's workers; threads of its own by default. For a pool of processes, the sink
-        has to be one that can be pickled.
+        Runs the plan's workers; threads of its own by default.
     progress
         Called with numbers of bytes read, as the work goes on.
 
@@ -156,13 +157,32 @@ def _submit_all(
         wait(pending)
 
 
+class _Scratch:
+    """The memory of one worker, kept from block to block."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+        self.formats = ("", "")
+        self.combiner: Combiner | None = None
+
+    def take(self, size: int) -> Array:
+        """Return so many bytes; what was taken before is given back."""
+        if self._buffer.nbytes < size:
+            self._buffer = np.empty(0, np.uint8)  # free before allocating
+            self._buffer = np.empty(size, np.uint8)
+        return self._buffer[:size]
+
+
 class _Job:
-    """What the workers share. Scratch memory belongs to a thread; processes get a pickled copy."""
+    """What the workers share; called with one chunk after the other."""
 
     def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint], sink: Sink) -> None:
         self._plan, self._checkpoints, self._sink = plan, checkpoints, sink
         self._combination = Combination.of(plan.coefficients)
-        self._scratch = threading.local()
+        # One a worker, whatever threads an executor lends: this is the memory that the plan counts.
+        self._idle: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
+        for _ in range(plan.workers):
+            self._idle.put(_Scratch())
         self.stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -171,48 +191,44 @@ class _Job:
     def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
         """Do a chunk; ends early once `stop` is set."""
         read, differing = 0, set()
-        for task in chunk:
-            if self.stop.is_set():
-                break
-            outcome = self._average(task) if isinstance(task, _Average) else self._carry(task)
-            read += outcome.bytes_read
-            differing |= outcome.differing
+        scratch = self._idle.get()
+        try:
+            for task in chunk:
+                if self.stop.is_set():
+                    break
+                if isinstance(task, _Average):
+                    outcome = self._average(task, scratch)
+                else:
+                    outcome = self._carry(task, scratch)
+                read += outcome.bytes_read
+                differing |= outcome.differing
+        finally:
+            self._idle.put(scratch)
         return _Outcome(read, differing)
 
-    def _buffer(self, size: int) -> Array:
-        buffer: Array | None = getattr(self._scratch, "buffer", None)
-        if buffer is None or buffer.nbytes < size:
-            self._scratch.buffer = buffer = None  # free before allocating
-            self._scratch.buffer = buffer = np.empty(size, np.uint8)
-        return buffer[:size]
-
-    def _combiner(self, source: Any, target: Any) -> Combiner:
-        combiners: dict[tuple[str, str], Combiner] = self._scratch.__dict__.setdefault("made", {})
+    def _combiner(self, source: DType, target: DType, scratch: _Scratch) -> Combiner:
         key = source.name, target.name
-        if key not in combiners:
-            combiners.clear()  # one at a time: its scratch memory is what the plan counts
-            combiners[key] = Combiner(
-                self._combination,
-                source,
-                target,
-                allow_nonfinite=self._plan.options.allow_nonfinite,
-            )
-        return combiners[key]
+        if scratch.formats != key or scratch.combiner is None:
+            scratch.combiner = None  # free before allocating
+            allow = self._plan.options.allow_nonfinite
+            scratch.combiner = Combiner(self._combination, source, target, allow_nonfinite=allow)
+            scratch.formats = key
+        return scratch.combiner
 
-    def _average(self, task: _Average) -> _Outcome:
+    def _average(self, task: _Average, scratch: _Scratch) -> _Outcome:
         piece, count = task.run, task.stop - task.start
         entry, output = piece.sources[0].entry, piece.decisions[0].output.entry
         source, target = entry.component, output.component
         parts = entry.bits // source.bits  # 2 for complex numbers
         rows = len(self._checkpoints)
         taken = _aligned(rows * count * entry.itemsize)
-        buffer = self._buffer(taken + count * output.itemsize)
+        buffer = scratch.take(taken + count * output.itemsize)
         block = _view(buffer, (rows, count * parts), source.numpy)
         for checkpoint, spec, row in zip(self._checkpoints, piece.sources, block, strict=True):
             checkpoint.read(spec, task.start, row.view(entry.numpy))
         outs = _view(buffer[taken:], (1, count * parts), target.numpy)
         try:
-            self._combiner(source, target)(block, outs)
+            self._combiner(source, target, scratch)(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
         values = outs[0].view(output.numpy)
@@ -245,27 +261,27 @@ class _Job:
             **details,
         )
 
-    def _carry(self, task: _Carry) -> _Outcome:
+    def _carry(self, task: _Carry, scratch: _Scratch) -> _Outcome:
         """Write the reference's numbers where they are wanted; compare the others with them."""
         spec = task.decision.spec
-        reference = self._read(task, -1, 0)
+        reference = self._read(task, -1, 0, scratch)
         if self._sink.wants(spec.name):
             self._sink.write(spec.name, task.start, reference)
         if not task.decision.compare:
             return _Outcome(reference.nbytes, set())
         differing = set()
         for position, checkpoint in enumerate(self._checkpoints[:-1]):
-            values = self._read(task, position, 1)
+            values = self._read(task, position, 1, scratch)
             if not np.array_equal(values.view(np.uint8), reference.view(np.uint8)):
                 differing.add(spec.name)
                 self._refuse_difference(spec, checkpoint.path)
         return _Outcome(reference.nbytes * len(self._checkpoints), differing)
 
-    def _read(self, task: _Carry, which: int, half: int) -> Array:
+    def _read(self, task: _Carry, which: int, half: int, scratch: _Scratch) -> Array:
         entry = task.decision.spec.entry
         dtype = np.dtype(np.uint8) if entry.bits % 8 else entry.numpy
         size = (task.stop - task.start) * dtype.itemsize
-        values = self._buffer(2 * size)[half * size : (half + 1) * size].view(dtype)
+        values = scratch.take(2 * size)[half * size : (half + 1) * size].view(dtype)
         self._checkpoints[which].read(task.decision.sources[which], task.start, values)
         return values
 
