@@ -381,7 +381,18 @@ def virtual(file):
     file.create_virtual_dataset("dense/bias", layout)
 
 
+def narrow_integers(file):
+    del file["dense/bias"]
+    kind = h5py.h5t.NATIVE_INT32.copy()
+    kind.set_precision(16)
+    kind.set_offset(8)
+    space = h5py.h5s.create_simple((3,))
+    dataset = h5py.h5d.create(file["dense"].id, b"bias", kind, space)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.int32([1, 2, 3]))
+
+
 BAD_H5 = {
+    "integers of fewer bits than bytes": (narrow_integers, "only resembles int32"),
     "no names": (lambda f: f.attrs.__delitem__("layer_names"), "without Keras' layer_names"),
     "layer missing": (lambda f: f.__delitem__("dense"), "'dense' is listed but missing"),
     "weight missing": (lambda f: f.__delitem__("dense/bias"), "'bias' is listed but missing"),

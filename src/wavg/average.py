@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from wavg import tree as pytree
 from wavg import weights as schedules
-from wavg.dtypes import dtype_of, native
+from wavg.dtypes import DType, dtype_of, native
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
-from wavg.kernel import Combination, combine
+from wavg.kernel import Combination, Combiner
 
 __all__ = ["average"]
 
@@ -63,7 +63,7 @@ def average(
     Notes
     -----
     Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once. Beyond the result, a
-    block of 4 MiB is needed.
+    block of 4 MiB and the kernel's scratch memory are needed, some 20 MiB in all.
 
     Examples
     --------
@@ -87,8 +87,15 @@ def average(
     paths, rows = pytree.align(models)
     arrays = [[native(np.asarray(leaf)) for leaf in row] for row in rows]
     _check_leaves(paths, arrays)
+    combiners: dict[DType, Combiner] = {}
+    for entry in {dtype_of(row[0].dtype) for row in arrays}:
+        if entry is not None and entry.averaged:
+            component = entry.component
+            combiners[entry] = Combiner(
+                combination, component, component, allow_nonfinite=allow_nonfinite
+            )
     results = (
-        _average_leaf(path, row, combination, integers, allow_nonfinite)
+        _average_leaf(path, row, combiners, integers)
         for path, row in zip(paths, arrays, strict=True)
     )
     return pytree.rebuild(models[0], results)
@@ -115,7 +122,7 @@ def _check_leaves(paths: list[str], arrays: list[list[Array]]) -> None:
 
 
 def _average_leaf(
-    path: str, row: list[Array], combination: Combination, integers: str, allow_nonfinite: bool
+    path: str, row: list[Array], combiners: Mapping[DType, Combiner], integers: str
 ) -> Array:
     entry = dtype_of(row[0].dtype)
     assert entry is not None  # _check_leaves saw to it
@@ -140,7 +147,7 @@ def _average_leaf(
         for buffer, source in zip(piece, flat, strict=True):
             buffer[...] = source[start : start + width]
         try:
-            combine(combination, piece, target, allow_nonfinite=allow_nonfinite)
+            combiners[entry](piece, target)
         except NonFiniteError as error:
             flat_index = (start + error.index) * component.bits // entry.bits
             index = tuple(map(int, np.unravel_index(flat_index, out.shape)))

@@ -275,14 +275,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 tensor=spec.name,
             )
 
-    def read_raw(self, extent: Extent) -> bytes:
-        """Return the bytes of an extent."""
-        buffer = np.empty(extent.length, np.uint8)
-        if not read_exactly(self._descriptors[extent.file], buffer, extent.offset):
-            path = self.index.files[extent.file].path
-            raise CheckpointFormatError(f"{path}: the file is shorter than it was", path=path)
-        return buffer.tobytes()
-
     def descriptor(self, file: int) -> int:
         """Return the open descriptor of one of the files, for copying from."""
         return self._descriptors[file]

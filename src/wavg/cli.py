@@ -206,7 +206,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     )
     add("--allow-nonfinite", action="store_true", help="let NaN and infinities through")
     _add_opaque(command)
-    add("--dry-run", action="store_true", help="print the plan, read no tensor, write nothing")
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--max-memory",

@@ -319,11 +319,11 @@ class _BlasLimit:
 
     def __enter__(self) -> None:
         with self._lock:
-            self._users += 1
-            if self._users == 1:
+            if self._users == 0:
                 from threadpoolctl import threadpool_limits
 
                 self._limiter = threadpool_limits(1, user_api="blas")
+            self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

@@ -171,6 +171,9 @@ class _Walk:
         entry = dtype_of(dtype)
         if entry is None or dtype.byteorder == ">":
             raise self._bad(name, f"has the type {dtype}, which is not a plain number")
+        # HDF5 has integers with fewer bits than their storage; their bytes are not what they mean.
+        if entry.kind == "int" and dataset.get_type() != h5py.h5t.py_create(dtype):
+            raise self._bad(name, f"has a type that only resembles {dtype}")
         return entry.name
 
     def _opaque(self, name: str, dataset: Any, dtype: np.dtype[Any]) -> str:
