@@ -110,9 +110,8 @@ def assert_within_one_ulp(ours, right):
         np.testing.assert_array_max_ulp(a, b, maxulp=1)
 
 
-def assert_close_predictions(ours, right):
-    # Weights an ulp apart move a probability by a few ulp: sums of 25 products, an exponential.
-    np.testing.assert_allclose(ours, right, rtol=32 * np.finfo(np.float32).eps)
+def assert_equal_predictions(ours, right):
+    np.testing.assert_array_max_ulp(ours, right, maxulp=1)
 
 
 def assert_bitwise_equal(ours, right):
@@ -132,4 +131,4 @@ def assert_the_comparisons_see_planted_errors(run):
             compare(right[:-1], right)
     predictions = run.predictions(weights=right)
     with pytest.raises(AssertionError):
-        assert_close_predictions(predictions * (1 + 2**-17), predictions)
+        assert_equal_predictions(predictions * (1 + 2**-17), predictions)

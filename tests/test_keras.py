@@ -16,7 +16,7 @@ from keras_run import (
     EPOCHS,
     EVERY_N_AND_SCHEDULE,
     assert_bitwise_equal,
-    assert_close_predictions,
+    assert_equal_predictions,
     assert_the_comparisons_see_planted_errors,
     assert_within_one_ulp,
     nested,
@@ -48,7 +48,7 @@ def test_the_averaged_file_loads_as_if_averaged_in_keras(run_of, build, n, sched
     loaded = keras.models.load_model(output, compile=False)
     assert_within_one_ulp(loaded.get_weights(), run.mean(n, schedule))
     predictions = run.predictions(loaded)
-    assert_close_predictions(predictions, run.predictions(weights=run.mean(n, schedule)))
+    assert_equal_predictions(predictions, run.predictions(weights=run.mean(n, schedule)))
     arrays = wavg.average_checkpoints(run.paths, weights=schedule, last=n)
     assert_bitwise_equal(run.predictions(weights=list(arrays.values())), predictions)
     newest = run.predictions(weights=run.weights[-1])

@@ -509,7 +509,7 @@ def _largest(raw: Array, source: DType) -> float:
 
 
 def _widen_half(raw: Array, out: Array) -> None:
-    """Write ``raw * 2**-112`` for finite float16 as float32: exact, and 5 times NumPy's speed.
+    """Write ``raw * 2**-112`` for finite float16 as float32: exact, and faster than NumPy's cast.
 
     A float16 has the layout of a float32 that lost 13 bits of its mantissa and three of its
     exponent, but for the bias: put in its place it is the number over 2**112. Sign extension fills

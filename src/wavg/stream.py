@@ -336,7 +336,7 @@ _blas_limit = _BlasLimit()
 
 
 def _single_blas_thread() -> _BlasLimit:
-    """Keep BLAS from starting threads beside ours: two workers with two each took 13 times longer.
+    """Keep BLAS from starting threads beside ours: they would wait for each other.
 
     The setting is the process's; it is restored at the end.
     """
