@@ -6,7 +6,6 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from wavg.formats import format_of_output, load_module, open_file
 from wavg.inputs import PathLike, expand, read_steps
 from wavg.plan import Options, Plan, make_plan, parse_size
 from wavg.publish import AtomicFile, refuse_existing
+from wavg.sinks import FileSink, MemorySink
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -213,14 +213,14 @@ def average_checkpoints(
         plan = _plan(checkpoints, all_steps, weights, target, options)
         with _progress_bar(plan, progress) as tick:
             if target is None:
-                memory = _MemorySink(plan)
+                memory = MemorySink(plan)
                 stream.run(plan, checkpoints, memory, executor=executor, progress=tick)
                 _verify(checkpoints)
                 return memory.arrays()
             with AtomicFile(target, overwrite=overwrite) as file:
                 with file.failures():
                     template = _template(plan, checkpoints[-1], target, file.temporary)
-                sink = _FileSink(file, template, checkpoints[-1])
+                sink = FileSink(file, template, checkpoints[-1])
                 differing = stream.run(plan, checkpoints, sink, executor=executor, progress=tick)
                 if template.finish is not None:
                     with file.failures():
@@ -375,7 +375,7 @@ def save(
     with AtomicFile(target, overwrite=overwrite) as file:
         with file.failures():
             template = module.create(specs, metadata or {}, file.temporary)
-        sink = _FileSink(file, template, None)
+        sink = FileSink(file, template, None)
         for name, array in arrays.items():
             if array.size:
                 sink.write(name, 0, array.reshape(-1))
@@ -498,59 +498,3 @@ def _progress_bar(plan: Plan, wanted: bool) -> Iterator[Callable[[int], object] 
 
     with tqdm(total=plan.bytes_read, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update
-
-
-class _Unsent:
-    """What belongs to this process: another one would write to its own copy."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("wavg's executor has to run threads of this process, not other processes")
-
-
-class _MemorySink(_Unsent):
-    """Collects the result as arrays."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._outputs = {decision.spec.name: decision.output for decision in plan.decisions}
-        self._flat = {name: spec.empty() for name, spec in self._outputs.items()}
-
-    def wants(self, name: str) -> bool:
-        return True
-
-    def joined(self, names: Sequence[str]) -> bool:
-        return len(names) == 1
-
-    def write(self, name: str, start: int, values: Array) -> None:
-        self._flat[name][start : start + len(values)] = values
-
-    def arrays(self) -> dict[str, Array]:
-        """Return the tensors by name, in the model's order."""
-        return {name: spec.array(self._flat[name]) for name, spec in self._outputs.items()}
-
-
-class _FileSink(_Unsent):
-    """Writes results to their places in a temporary file made after a template."""
-
-    def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:
-        self._file, self._targets = file, template.targets
-        file.resize(template.size)
-        if template.head:
-            file.write(template.head, 0)
-        for extent, offset in template.carry:
-            assert reference is not None  # only a patched reference carries anything over
-            file.copy_from(reference.descriptor(extent.file), extent.offset, extent.length, offset)
-
-    def wants(self, name: str) -> bool:
-        return name in self._targets
-
-    def joined(self, names: Sequence[str]) -> bool:
-        extents = [self._targets[name].extent for name in names]
-        return all(
-            a is not None and b is not None and a.offset + a.length == b.offset
-            for a, b in itertools.pairwise(extents)
-        )
-
-    def write(self, name: str, start: int, values: Array) -> None:
-        extent = self._targets[name].extent
-        assert extent is not None  # a target is a place
-        self._file.write(values, extent.offset + start * values.itemsize)

@@ -20,7 +20,8 @@ from wavg.checkpoint import Checkpoint, Sink, TensorSpec
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combination, Combiner
-from wavg.plan import Decision, Plan, Run, make_runs
+from wavg.plan import Decision, Plan
+from wavg.runs import Run, make_runs
 
 __all__ = ["run"]
 

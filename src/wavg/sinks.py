@@ -1,0 +1,79 @@
+"""Where results go: arrays in memory, or places in a file in the making."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from wavg.checkpoint import Checkpoint, Template
+from wavg.plan import Plan
+from wavg.publish import AtomicFile
+
+__all__ = ["FileSink", "MemorySink"]
+
+Array = npt.NDArray[Any]
+
+
+class _Unsent:
+    """What belongs to this process: another one would write to its own copy."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("wavg's executor has to run threads of this process, not other processes")
+
+
+class MemorySink(_Unsent):
+    """Collects the result as arrays."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._outputs = {decision.spec.name: decision.output for decision in plan.decisions}
+        self._flat = {name: spec.empty() for name, spec in self._outputs.items()}
+
+    def wants(self, name: str) -> bool:
+        """Do as `wavg.checkpoint.Sink.wants` says."""
+        return True
+
+    def joined(self, names: Sequence[str]) -> bool:
+        """Do as `wavg.checkpoint.Sink.joined` says."""
+        return len(names) == 1
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        """Do as `wavg.checkpoint.Sink.write` says."""
+        self._flat[name][start : start + len(values)] = values
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the tensors by name, in the model's order."""
+        return {name: spec.array(self._flat[name]) for name, spec in self._outputs.items()}
+
+
+class FileSink(_Unsent):
+    """Writes results to their places in a temporary file made after a template."""
+
+    def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:
+        self._file, self._targets = file, template.targets
+        file.resize(template.size)
+        if template.head:
+            file.write(template.head, 0)
+        for extent, offset in template.carry:
+            assert reference is not None  # only a patched reference carries anything over
+            file.copy_from(reference.descriptor(extent.file), extent.offset, extent.length, offset)
+
+    def wants(self, name: str) -> bool:
+        """Do as `wavg.checkpoint.Sink.wants` says."""
+        return name in self._targets
+
+    def joined(self, names: Sequence[str]) -> bool:
+        """Do as `wavg.checkpoint.Sink.joined` says."""
+        extents = [self._targets[name].extent for name in names]
+        return all(
+            a is not None and b is not None and a.offset + a.length == b.offset
+            for a, b in itertools.pairwise(extents)
+        )
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        """Do as `wavg.checkpoint.Sink.write` says."""
+        extent = self._targets[name].extent
+        assert extent is not None  # a target is a place
+        self._file.write(values, extent.offset + start * values.itemsize)
