@@ -352,7 +352,7 @@ class Combiner:
         wide = columns.astype(np.float64)
         bits = self._combination.bits[index]
         if not self._combination.tame[index]:
-            return self._one_by_one(index, wide)
+            return self._exactly(index, wide)
         if bits >= 0 and self._target.precision < 53:
             highest = math.frexp(float(np.abs(wide).max()))[1]
             lowest = _smallest_exponent(wide)
@@ -380,13 +380,13 @@ class Combiner:
         return low, bits_of(low) == bits_of(high)
 
     def _exactly(self, index: int, columns: F64) -> Array:
-        """Step 3."""
+        """Step 3; weights that nearly cancel are beyond double-double."""
         combination, target = self._combination, self._target
         values = self._signed_zeros(index, columns)
         integers = combination.integers[index]
         used = np.array(integers, dtype=bool)
         nonzero = np.flatnonzero(columns[used].any(axis=0))
-        if columns.size > _FEW and len(nonzero):
+        if columns.size > _FEW and len(nonzero) and combination.tame[index]:
             matrix, totals = combination.matrix[index], combination.totals[index]
             total = float(totals), float(combination.low_totals[index])
             lossless = combination.lossless[index]
@@ -395,15 +395,6 @@ class Combiner:
             )
             nonzero = nonzero[~settled]
         for column in nonzero.tolist():
-            values[column] = integer_mean(integers, columns[:, column].tolist(), target)
-        return values
-
-    def _one_by_one(self, index: int, columns: F64) -> Array:
-        """Step 3 in whole numbers only."""
-        integers, target = self._combination.integers[index], self._target
-        values = self._signed_zeros(index, columns)
-        used = np.array(integers, dtype=bool)
-        for column in np.flatnonzero(columns[used].any(axis=0)).tolist():
             values[column] = integer_mean(integers, columns[:, column].tolist(), target)
         return values
 
