@@ -24,7 +24,7 @@ ROOT = Path(wavg.__file__).parent
 FACE = "wavg"  # `import wavg` itself
 
 # The table of the design, with dtypes (which everything may import) and inputs, which it lacks,
-# and the kernel's two parts below it: rounding and exact.
+# and the kernel's parts below it: rounding, exact, and _compiled, which is C.
 MAY_IMPORT = {
     "errors": "",
     "dtypes": "errors",
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "weights": "errors",
     "rounding": "errors",
     "exact": "rounding errors",
-    "kernel": "exact rounding errors",
+    "_compiled": "",
+    "kernel": "_compiled exact rounding errors",
     "average": "tree weights kernel errors",
     "checkpoint": "errors",
     "publish": "errors",

@@ -18,6 +18,19 @@ from wavg.kernel import Combination, combine
 from wavg.rounding import round_to
 
 
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "numpy"])
+def step(request):
+    """Every test here runs with step 1 compiled and in NumPy."""
+    if request.param == "compiled":
+        if not kernel.COMPILED:
+            pytest.skip("wavg was installed without a C compiler")
+        yield
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "_compiled", None)
+            yield
+
+
 def mean(weights, block, dtype=None, **options):
     out = np.empty((1, block.shape[1]), lookup(dtype or block.dtype.name).numpy)
     combine(Combination.of(weights), block, out, **options)

@@ -8,10 +8,13 @@ format. That is what makes the bytes independent of block sizes, workers and the
 there is only one right answer. It is reached on a ladder; each step takes what the step before
 could not settle:
 
-1. One matrix product for all elements: in float32 for bfloat16, else in float64. With ``e`` a bound
-   on its error, an element is settled when ``q - e`` and ``q + e`` round to the same output:
-   rounding is monotone, so the exact value rounds there too. What remains lies next to the midpoint
-   of two outputs.
+1. The weighted sums of all elements. With ``e`` a bound on the error, an element is settled when
+   ``q - e`` and ``q + e`` round to the same output: rounding is monotone, so the exact value rounds
+   there too. What remains lies next to the midpoint of two outputs. This step exists twice:
+   compiled (``_compiled.c``: float64, bounds column by column, exact sums recognised, at about the
+   speed of memory), and in NumPy (one matrix product, in float32 for bfloat16, else in float64) for
+   formats that the compiled one lacks and where no C compiler was at hand. As the result is
+   defined, they cannot differ in a byte.
 2. float64 for those, where it is known to hold every partial sum of these very numbers exactly, as
    it nearly always is for whole-number weights. This settles exact ties. float16 starts here, for
    its sums are always exact.
@@ -39,11 +42,18 @@ from wavg.errors import NonFiniteError, WavgError, WeightError
 from wavg.exact import double_double, integer_mean
 from wavg.rounding import bits_of, round_to
 
-__all__ = ["Combination", "Combiner", "accumulate", "combine", "scratch_bytes", "span"]
+try:
+    from wavg import _compiled
+except ImportError:  # no compiler at hand when wavg was installed
+    _compiled = None  # type: ignore[assignment]
+
+__all__ = ["COMPILED", "Combination", "Combiner", "accumulate", "combine", "scratch_bytes", "span"]
 
 F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
 
+COMPILED = _compiled is not None  # whether step 1 is
+_COMPILED_FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TILE_ELEMENTS = 10 << 16  # widened at once, all rows together: 65,536 columns of ten inputs
 _WIDEST_TILE = 1 << 16
 _WEIGHT_BITS = 28  # of whole-number weights' sum; more, and the theorem above no longer holds
@@ -160,13 +170,22 @@ def _tile_width(inputs: int, outputs: int) -> int:
 
 def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block: int) -> int:
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
-    width = min(span(inputs, outputs, target), 2 * block)  # a complex number is two
-    tile = min(_tile_width(inputs, outputs), width)
-    wide = 8 if _start(source, target) == np.float64 else 4
-    widened = tile * inputs * (wide + 4 * (source.name == "float16"))
-    settled = outputs * width * (2 * wide + 2 * target.itemsize + 1)
+    block *= 2  # a complex number is two
+    if _is_compiled(source, target):
+        width, first_step = block, outputs * block
+    else:
+        width = min(span(inputs, outputs, target), block)
+        tile = min(_tile_width(inputs, outputs), width)
+        wide = 8 if _start(source, target) == np.float64 else 4
+        first_step = tile * inputs * (wide + 4 * (source.name == "float16"))
+        first_step += outputs * width * (2 * wide + 2 * target.itemsize + 1)
     left_over = min(_SETTLED, width) * (inputs * (32 + source.itemsize) + 200)
-    return widened + settled + width * 8 // _DENSE + left_over + (1 << 18)
+    return first_step + width * 8 // _DENSE + left_over + (1 << 18)
+
+
+def _is_compiled(source: DType, target: DType) -> bool:
+    formats = source.name in _COMPILED_FORMATS and target.name in _COMPILED_FORMATS
+    return formats and _compiled is not None
 
 
 def _start(source: DType, target: DType) -> type[np.float32] | type[np.float64]:
@@ -205,6 +224,7 @@ class Combiner:
         self._tile = _tile_width(inputs, outputs)
         self._span = span(inputs, outputs, target)
         self._sums = np.empty((outputs, 0), self._start)
+        self._left = np.empty((outputs, 0), bool)
         with np.errstate(all="ignore"):  # of rows that are not tame, nothing of this is used
             normal = combination.matrix / combination.totals[:, None]
             self._normal = normal.astype(self._start)
@@ -224,6 +244,9 @@ class Combiner:
         self._least = (inputs + 6) * float(np.finfo(self._start).smallest_subnormal)
         self._range = float(np.finfo(self._start).max) / 4
         self._overflows = source != target or bool((combination.matrix < 0).any())
+        self._compiled = _is_compiled(source, target) and all(combination.tame)
+        if self._compiled:
+            self._compile()
 
     def __call__(self, block: Array, outs: Array) -> None:
         """Write ``outs = (W @ block) / totals``, block of shape (K, B), outs of shape (R, B).
@@ -235,10 +258,45 @@ class Combiner:
             Attributes: ``input`` (the row, None for a result), ``index`` (the column), ``value``.
         """
         with np.errstate(all="ignore"):
+            if self._compiled and block.flags.c_contiguous and outs.flags.c_contiguous:
+                self._combine_compiled(block, outs)
+                return
             for start in range(0, block.shape[1], self._span):
                 stop = min(block.shape[1], start + self._span)
-                self._reserve(stop - start)
                 self._combine(block[:, start:stop], outs[:, start:stop], start)
+
+    def _compile(self) -> None:
+        """Put the combination into the form that the compiled step takes."""
+        rows = []
+        self._weights = self._combination.matrix.copy()
+        for index, bits in enumerate(self._combination.bits):
+            total, window = float(self._combination.totals[index]), math.inf
+            if bits >= 0:  # small whole numbers: exact while no term is too small for the others
+                integers = self._combination.integers[index]
+                self._weights[index] = integers
+                total = float(sum(integers))
+                window = math.ldexp(sum(map(abs, integers)), self._source.precision - 52)
+            rows.append((total, window, 1.01 * (len(self._weights[index]) + 6) * 2.0**-53))
+        self._rows = np.array(rows)
+        self._rows[:, 2] *= self._growth
+        self._counts = np.zeros(len(rows), np.int64)
+
+    def _combine_compiled(self, block: Array, outs: Array) -> None:
+        """Step 1 compiled, and what it leaves over."""
+        if self._left.shape != outs.shape:
+            self._left = np.empty(outs.shape, bool)
+        finite = _compiled.settle(
+            *(_bytes(array) for array in (block, outs, self._left)),
+            *(_bytes(array) for array in (self._counts, self._weights, self._rows)),
+            _COMPILED_FORMATS[self._source.name],
+            _COMPILED_FORMATS[self._target.name],
+        )
+        if finite:
+            for index, count in enumerate(self._counts.tolist()):
+                self._settle_flagged(index, count, self._left[index], block, outs[index])
+        else:
+            self._combine_nonfinite(block, outs, 0)
+        self._check_range(outs, 0)
 
     def _reserve(self, width: int) -> None:
         """Make scratch arrays for a span; they are kept for the next span of this width."""
@@ -256,15 +314,7 @@ class Combiner:
     def _combine(self, raw: Array, outs: Array, start: int) -> None:
         largest = _largest(raw, self._source)
         if not math.isfinite(largest):
-            if not self._allow_nonfinite:
-                row, column = _first_nonfinite(raw)
-                raise NonFiniteError(
-                    f"input {row} holds {float(raw[row, column])} at index {start + column}",
-                    input=row,
-                    index=start + column,
-                    value=float(raw[row, column]),
-                )
-            self._combine_nonfinite(raw, outs)
+            self._combine_nonfinite(raw, outs, start)
         elif (
             self._target.precision == 53
             or not all(self._combination.tame)
@@ -275,6 +325,9 @@ class Combiner:
             self._quotients_of_exact_sums(raw, outs)
         else:
             self._interval(raw, outs, largest)
+        self._check_range(outs, start)
+
+    def _check_range(self, outs: Array, start: int) -> None:
         if self._overflows and not self._allow_nonfinite and not np.isfinite(outs).all():
             column = start + _first_nonfinite(outs)[1]
             raise NonFiniteError(
@@ -303,6 +356,7 @@ class Combiner:
 
     def _interval(self, raw: Array, outs: Array, largest: float) -> None:
         """Step 1: settle what the error bound allows."""
+        self._reserve(raw.shape[1])
         self._multiply(self._normal, raw)
         error = (self._error * largest + self._least * (1 + largest))[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
@@ -312,13 +366,15 @@ class Combiner:
         np.not_equal(bits_of(outs), bits_of(self._other), out=self._flags)
         if self._target.bits == 8:  # some of these formats have one NaN for both ends
             self._flags |= np.isnan(outs)
-        for index, (flags, out) in enumerate(zip(self._flags, outs, strict=True)):
-            count = int(np.count_nonzero(flags))
-            if count * _DENSE > len(flags):  # all of them, rather than picking most
-                self._settle_all(index, raw, out)
-            elif count:
-                for columns in _portions(np.flatnonzero(flags)):
-                    out[columns] = self._settle(index, np.take(raw, columns, axis=1))
+        for index, flags in enumerate(self._flags):
+            self._settle_flagged(index, int(np.count_nonzero(flags)), flags, raw, outs[index])
+
+    def _settle_flagged(self, index: int, count: int, flags: Array, raw: Array, out: Array) -> None:
+        if count * _DENSE > len(out):  # all of them, rather than picking most
+            self._settle_all(index, raw, out)
+        elif count:
+            for columns in _portions(np.flatnonzero(flags)):
+                out[columns] = self._settle(index, np.take(raw, columns, axis=1))
 
     def _round(self, out: Array) -> None:
         """Round what is in `_shifted`, once."""
@@ -329,6 +385,7 @@ class Combiner:
 
     def _quotients_of_exact_sums(self, raw: Array, outs: Array) -> None:
         """Step 2 for a whole span of a format whose sums are always exact."""
+        self._reserve(raw.shape[1])
         self._multiply(self._exact_matrix, raw)
         sums: F64 = self._sums.astype(np.float64, copy=False)
         np.divide(sums, self._combination.totals[:, None], out=sums)
@@ -406,8 +463,16 @@ class Combiner:
         negative = (np.signbit(columns) ^ weights[:, None])[used].all(axis=0)
         return np.where(negative, -0.0, 0.0).astype(self._target.numpy)
 
-    def _combine_nonfinite(self, raw: Array, outs: Array) -> None:
-        """Combine a tile with NaN or infinities: IEEE 754 where they stand, exact elsewhere."""
+    def _combine_nonfinite(self, raw: Array, outs: Array, first: int) -> None:
+        """Refuse NaN and infinities, or take IEEE 754 where they stand and be exact elsewhere."""
+        if not self._allow_nonfinite:
+            row, column = _first_nonfinite(raw)
+            raise NonFiniteError(
+                f"input {row} holds {float(raw[row, column])} at index {first + column}",
+                input=row,
+                index=first + column,
+                value=float(raw[row, column]),
+            )
         for start in range(0, raw.shape[1], _SETTLED):
             part = slice(start, start + _SETTLED)
             columns = raw[:, part].astype(np.float64)
@@ -480,9 +545,16 @@ def _entry(array: Array) -> DType:
     return entry
 
 
+def _bytes(array: Array) -> Array:
+    return array.view(np.uint8).reshape(-1)
+
+
 def _first_nonfinite(array: Array) -> tuple[int, int]:
-    row, column = np.argwhere(~np.isfinite(array))[0].tolist()
-    return row, column
+    for start in range(0, array.shape[1], _SETTLED):
+        found = np.argwhere(~np.isfinite(array[:, start : start + _SETTLED]))
+        if len(found):
+            return int(found[0, 0]), start + int(found[0, 1])
+    raise AssertionError("there is none")
 
 
 def _largest(raw: Array, source: DType) -> float:

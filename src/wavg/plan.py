@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 MIB = 1 << 20
-_LARGEST_BLOCK = 262_144  # elements: what the kernel settles at once, at ten inputs
+_BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
 _SMALLEST_BLOCK = 1_024
 # Measured by tests/test_memory.py, which fails if a run needs more than its plan says.
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
@@ -365,7 +365,8 @@ def _fit(
     if created is not None:
         fixed += _CREATED_BYTES * len(decisions)
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
-    wanted = max(1, min(_LARGEST_BLOCK, total))
+    widest = max(d.spec.entry.itemsize for d in decisions if d.action == "average")
+    wanted = max(1, min(_BLOCK_BYTES // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
     if any(spec.extent is None for decision in decisions for spec in decision.sources):
         most = 1  # compressed bytes can only be read in their order

@@ -12,7 +12,9 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +30,8 @@ except ImportError:  # pragma: no cover - Windows: strays are then left for a pe
 __all__ = ["AtomicFile", "refuse_existing"]
 
 _COPY_BYTES = 1 << 20
+_SYNC_BYTES = 32 << 20  # written before the disk is set to work on them
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 _SUFFIX = ".wavg-tmp"
 
 
@@ -70,6 +74,10 @@ class AtomicFile:
             self._folder, f"{self._prefix}{secrets.token_hex(6)}{_SUFFIX}"
         )
         self._descriptor = -1
+        self._counting = threading.Lock()
+        self._unsynced = 0
+        self._syncer: ThreadPoolExecutor | None = None
+        self._sync: Future[None] | None = None
 
     def __enter__(self) -> AtomicFile:
         with self.failures():
@@ -108,6 +116,23 @@ class AtomicFile:
         with self.failures():
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
+            self._write_behind(done)
+
+    def _write_behind(self, size: int) -> None:
+        """Set the disk to work while the computation goes on, rather than wait for it at the end.
+
+        A failure is raised here or by `commit`; the system reports it only once.
+        """
+        with self._counting:
+            self._unsynced += size
+            if self._unsynced < _SYNC_BYTES or not (self._sync is None or self._sync.done()):
+                return
+            self._unsynced = 0
+            if self._sync is not None:
+                self._sync.result()
+            if self._syncer is None:
+                self._syncer = ThreadPoolExecutor(1, thread_name_prefix="wavg-sync")
+            self._sync = self._syncer.submit(_sync_data, self._descriptor)
 
     def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
         """Copy bytes of another open file to an offset of this one."""
@@ -122,6 +147,8 @@ class AtomicFile:
     def commit(self) -> None:
         """Make the file durable and let it appear under its name."""
         with self.failures():
+            if self._sync is not None:
+                self._sync.result()
             os.fsync(self._descriptor)
             if self._overwrite:
                 os.replace(self.temporary, self._destination)
@@ -173,6 +200,8 @@ class AtomicFile:
                         os.close(descriptor)
 
     def _close(self) -> None:
+        if self._syncer is not None:
+            self._syncer.shutdown()  # before its file goes
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)

@@ -1,0 +1,347 @@
+/* Step 1 of the kernel (see kernel.py), compiled: weighted means of blocks in float64.
+ *
+ * It settles every column that it can prove and flags the others, which kernel.py's further steps
+ * take. So the bytes are the same with this module and without it; only the time differs.
+ *
+ * A column is proven in one of two ways. With s the float64 sum of w_k x_k and q = s / total:
+ *
+ * - Whole-number weights whose products and partial sums float64 holds exactly: all terms are
+ *   multiples of the last bit of the smallest |x_k|, and their magnitudes sum to less than 2**52 of
+ *   it. `window` is the bound on max|x| / min|x| that says so, upside down.
+ * - Otherwise |q - exact| <= error * max|x|, and both ends of that interval round to one output.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if FLT_EVAL_METHOD != 0
+#error "float64 arithmetic has to be exactly that"
+#endif
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    __GNUC__ >= 12
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORISED
+#endif
+
+enum { TILE = 1024 }; /* columns at once: what a tile keeps stays in the nearest caches */
+
+enum format { FLOAT32, BFLOAT16, FLOAT16 };
+
+static const Py_ssize_t ITEMSIZE[] = {4, 2, 2};
+static const double SMALLEST_NORMAL = 0x1p-126; /* of all three, with its factor */
+
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define SMALLER(a, b) ((a) < (b) ? (a) : (b))
+
+static inline float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint64_t bits_of(double value)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* What a stored number is in float64. A float16's bits, put in a float32's places, are the number
+ * over 2**112, subnormal numbers included; sums keep that factor to their end. */
+#define WIDEN_FLOAT32(bits) ((double)float_of(bits))
+#define WIDEN_BFLOAT16(bits) ((double)float_of((uint32_t)(bits) << 16))
+#define WIDEN_FLOAT16(bits) \
+    ((double)float_of((uint32_t)((bits) & 0x8000u) << 16 | (uint32_t)((bits) & 0x7FFFu) << 13))
+
+static const double FACTOR[] = {1.0, 1.0, 0x1p-112};
+
+/* Functions for one source format. They take four rows at once, `stride` numbers apart: what is kept
+ * a column then passes through memory once for all four.
+ *
+ * note_*: the largest magnitude of each column, and the smallest less one, which makes 0 the largest
+ * of all: it ends no window. Magnitudes are ordered as their bits are.
+ * add_*: the weighted sums.
+ * span_*: largest and smallest as numbers (times the format's factor); whether all are finite. */
+#define SOURCE(name, type, magnitude_bits, infinity, WIDEN)                                       \
+    VECTORISED static void note4_##name(const type *restrict row, Py_ssize_t stride,              \
+                                        type *restrict largest, type *restrict smallest, int n)   \
+    {                                                                                             \
+        const type *restrict r1 = row + stride, *restrict r2 = r1 + stride,                       \
+                   *restrict r3 = r2 + stride;                                                    \
+        for (int j = 0; j < n; j++) {                                                             \
+            type a = row[j] & magnitude_bits, b = r1[j] & magnitude_bits;                         \
+            type c = r2[j] & magnitude_bits, d = r3[j] & magnitude_bits;                          \
+            type high = LARGER(LARGER(a, b), LARGER(c, d));                                       \
+            type low = SMALLER(SMALLER((type)(a - 1), (type)(b - 1)),                             \
+                               SMALLER((type)(c - 1), (type)(d - 1)));                            \
+            largest[j] = LARGER(high, largest[j]);                                                \
+            smallest[j] = SMALLER(low, smallest[j]);                                              \
+        }                                                                                         \
+    }                                                                                             \
+    VECTORISED static void note1_##name(const type *restrict row, type *restrict largest,         \
+                                        type *restrict smallest, int n)                           \
+    {                                                                                             \
+        for (int j = 0; j < n; j++) {                                                             \
+            type a = row[j] & magnitude_bits, below = (type)(a - 1);                              \
+            largest[j] = LARGER(a, largest[j]);                                                   \
+            smallest[j] = SMALLER(below, smallest[j]);                                            \
+        }                                                                                         \
+    }                                                                                             \
+    VECTORISED static void add4_##name(double *restrict sum, const double *weights,               \
+                                       const type *restrict row, Py_ssize_t stride, int n)        \
+    {                                                                                             \
+        const type *restrict r1 = row + stride, *restrict r2 = r1 + stride,                       \
+                   *restrict r3 = r2 + stride;                                                    \
+        const double w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];          \
+        for (int j = 0; j < n; j++)                                                               \
+            sum[j] = sum[j] + w0 * WIDEN(row[j]) + w1 * WIDEN(r1[j]) + w2 * WIDEN(r2[j]) +        \
+                     w3 * WIDEN(r3[j]);                                                           \
+    }                                                                                             \
+    VECTORISED static void add1_##name(double *restrict sum, double weight,                       \
+                                       const type *restrict row, int n)                           \
+    {                                                                                             \
+        for (int j = 0; j < n; j++)                                                               \
+            sum[j] += weight * WIDEN(row[j]);                                                     \
+    }                                                                                             \
+    VECTORISED static int span_##name(const type *restrict largest, const type *restrict smallest,\
+                                      double *restrict high, double *restrict low, int n)         \
+    {                                                                                             \
+        type most = 0;                                                                            \
+        for (int j = 0; j < n; j++) {                                                             \
+            type least = SMALLER(smallest[j], (type)(infinity - 1)) + 1;                          \
+            most = LARGER(most, largest[j]);                                                      \
+            high[j] = WIDEN(largest[j]);                                                          \
+            low[j] = WIDEN(least);                                                                \
+        }                                                                                         \
+        return most < infinity;                                                                   \
+    }
+
+SOURCE(float32, uint32_t, 0x7FFFFFFFu, 0x7F800000u, WIDEN_FLOAT32)
+SOURCE(bfloat16, uint16_t, 0x7FFFu, 0x7F80u, WIDEN_BFLOAT16)
+SOURCE(float16, uint16_t, 0x7FFFu, 0x7C00u, WIDEN_FLOAT16)
+
+/* Turn sums into the two ends of an interval round the exact mean; one number where it is known.
+ * Return whether it is known in every column. */
+VECTORISED static int divide(double *restrict low, double *restrict high,
+                             const double *restrict largest, const double *restrict smallest,
+                             double total, double window, double error, int n)
+{
+    int known = 1;
+    for (int j = 0; j < n; j++) {
+        double quotient = low[j] / total;
+        double least = LARGER(smallest[j], SMALLEST_NORMAL);
+        double reach = error * largest[j] + 0x1p-1000;
+        int exact = largest[j] * window <= least;
+        low[j] = exact ? quotient : quotient - reach;
+        high[j] = exact ? quotient : quotient + reach;
+        known &= exact;
+    }
+    return known;
+}
+
+/* round_*: round once, to nearest even. bracket_*: round both ends of intervals; write the lower, flag
+ * where they differ, count flags. */
+#define TARGET(name, type, ROUND)                                                                 \
+    VECTORISED static void round_##name(const double *restrict mean, type *restrict out, int n)   \
+    {                                                                                             \
+        for (int j = 0; j < n; j++)                                                               \
+            out[j] = (type)ROUND(mean[j]);                                                        \
+    }                                                                                             \
+    VECTORISED static int bracket_##name(const double *restrict low, const double *restrict high, \
+                                         type *restrict out, uint8_t *restrict flags, int n)      \
+    {                                                                                             \
+        int count = 0;                                                                            \
+        for (int j = 0; j < n; j++) {                                                             \
+            type a = (type)ROUND(low[j]), b = (type)ROUND(high[j]);                               \
+            out[j] = a;                                                                           \
+            flags[j] = a != b;                                                                    \
+            count += a != b;                                                                      \
+        }                                                                                         \
+        return count;                                                                             \
+    }
+
+static inline uint32_t float32_of(double value)
+{
+    float rounded = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    return bits;
+}
+
+/* A binary16-like format: `mantissa` stored bits, exponent field of `bias`, in 16 bits. */
+static inline __attribute__((always_inline)) uint64_t narrow(double value, int mantissa, int bias)
+{
+    const int shift = 52 - mantissa;
+    const uint64_t infinite = (uint64_t)(2 * bias + 1) << mantissa;
+    uint64_t bits = bits_of(value), magnitude = bits & ~(1ull << 63);
+    /* A carry out of the mantissa raises the exponent, as it should. */
+    uint64_t normal = (magnitude + (1ull << (shift - 1)) - 1 + (magnitude >> shift & 1)) >> shift;
+    normal -= (uint64_t)(1023 - bias) << mantissa;
+    normal = normal < infinite ? normal : infinite;
+    /* Smaller numbers are whole multiples of the smallest: adding 2**52 rounds to those. */
+    const double smallest_normal = ldexp(1.0, 1 - bias);
+    double units = fabs(value) * ldexp(1.0, bias - 1 + mantissa) + 0x1p52;
+    uint64_t subnormal = bits_of(units) & 0xFFFF;
+    return (fabs(value) < smallest_normal ? subnormal : normal) | bits >> 63 << 15;
+}
+
+#define BFLOAT16_OF(value) narrow(value, 7, 127)
+#define FLOAT16_OF(value) narrow(value, 10, 15)
+
+TARGET(float32, uint32_t, float32_of)
+TARGET(bfloat16, uint16_t, BFLOAT16_OF)
+TARGET(float16, uint16_t, FLOAT16_OF)
+
+struct job {
+    const char *block;    /* inputs x columns, of `source` */
+    char *outs;           /* outputs x columns, of `target` */
+    uint8_t *flags;       /* outputs x columns */
+    int64_t *counts;      /* outputs: flags that are set */
+    const double *matrix; /* outputs x inputs */
+    const double *rows;   /* outputs x (total, window, error) */
+    Py_ssize_t inputs, outputs, columns;
+    enum format source, target;
+};
+
+#define CALL(format, function, ...)                                                               \
+    ((format) == FLOAT32    ? function##_float32(__VA_ARGS__)                                     \
+     : (format) == BFLOAT16 ? function##_bfloat16(__VA_ARGS__)                                    \
+                            : function##_float16(__VA_ARGS__))
+
+/* The extreme magnitudes of each column of a tile; 0 if one of them is not finite. */
+static int extremes(const struct job *job, const char *tile, double *high, double *low, int n)
+{
+    uint32_t largest[TILE], smallest[TILE]; /* of the source's width */
+    memset(largest, 0, sizeof largest);
+    memset(smallest, 0xFF, sizeof smallest);
+    Py_ssize_t row = job->columns * ITEMSIZE[job->source], input = 0;
+    for (; input + 4 <= job->inputs; input += 4)
+        CALL(job->source, note4, (const void *)(tile + input * row), job->columns, (void *)largest,
+             (void *)smallest, n);
+    for (; input < job->inputs; input++)
+        CALL(job->source, note1, (const void *)(tile + input * row), (void *)largest, (void *)smallest, n);
+    return CALL(job->source, span, (const void *)largest, (const void *)smallest, high, low, n);
+}
+
+/* The weighted sums of one tile for one output. */
+static void weigh(const struct job *job, const char *tile, const double *weights, double *sum,
+                  int n)
+{
+    Py_ssize_t row = job->columns * ITEMSIZE[job->source], input = 0;
+    for (int j = 0; j < n; j++)
+        sum[j] = -0.0; /* what leaves every term's sign as it is */
+    while (input < job->inputs) {
+        const double *w = weights + input;
+        const void *numbers = tile + input * row;
+        if (input + 4 <= job->inputs && w[0] != 0.0 && w[1] != 0.0 && w[2] != 0.0 && w[3] != 0.0) {
+            CALL(job->source, add4, sum, w, numbers, job->columns, n);
+            input += 4;
+        } else {
+            if (*w != 0.0) /* else it is no term: 0 times -1 would be -0 */
+                CALL(job->source, add1, sum, *w, numbers, n);
+            input += 1;
+        }
+    }
+}
+
+/* Return 1, or 0 if a number of the block is not finite: then nothing written counts. */
+static int run(const struct job *job)
+{
+    double largest[TILE], smallest[TILE], low[TILE], high[TILE];
+    const double factor = FACTOR[job->source];
+    for (Py_ssize_t first = 0; first < job->columns; first += TILE) {
+        int n = (int)SMALLER(job->columns - first, (Py_ssize_t)TILE);
+        const char *tile = job->block + first * ITEMSIZE[job->source];
+        if (!extremes(job, tile, largest, smallest, n))
+            return 0;
+        for (Py_ssize_t output = 0; output < job->outputs; output++) {
+            const double *row = job->rows + 3 * output;
+            weigh(job, tile, job->matrix + output * job->inputs, low, n);
+            Py_ssize_t place = output * job->columns + first;
+            void *out = job->outs + place * ITEMSIZE[job->target];
+            if (divide(low, high, largest, smallest, row[0] * factor, row[1], row[2] / factor, n)) {
+                CALL(job->target, round, low, out, n);
+                memset(job->flags + place, 0, (size_t)n);
+            } else
+                job->counts[output] +=
+                    CALL(job->target, bracket, low, high, out, job->flags + place, n);
+        }
+    }
+    return 1;
+}
+
+PyDoc_STRVAR(settle_doc,
+"settle(block, outs, flags, counts, matrix, rows, source, target) -> bool\n\n"
+"Write means of the columns of a block; flag and count those that remain to be settled.\n\n"
+"All are contiguous buffers of bytes: block (K, B) of `source`, outs (R, B) of `target`, flags\n"
+"(R, B) bytes, counts (R,) int64, matrix (R, K) float64, rows (R, 3) float64: total, window and\n"
+"error. A window is infinite for weights that are not small whole numbers. Formats: 0 float32,\n"
+"1 bfloat16, 2 float16. False if a number of the block is not finite: outs hold nothing then.");
+
+static PyObject *settle(PyObject *self, PyObject *args)
+{
+    enum { BLOCK, OUTS, FLAGS, COUNTS, MATRIX, ROWS, BUFFERS };
+    Py_buffer buffers[BUFFERS];
+    int source, target;
+    (void)self;
+    memset(buffers, 0, sizeof buffers);
+    if (!PyArg_ParseTuple(args, "y*w*w*w*y*y*ii:settle", &buffers[BLOCK], &buffers[OUTS],
+                          &buffers[FLAGS], &buffers[COUNTS], &buffers[MATRIX], &buffers[ROWS],
+                          &source, &target))
+        return NULL;
+    PyObject *result = NULL;
+    struct job job = {buffers[BLOCK].buf, buffers[OUTS].buf, buffers[FLAGS].buf,
+                      buffers[COUNTS].buf, buffers[MATRIX].buf, buffers[ROWS].buf,
+                      0, 0, 0, (enum format)source, (enum format)target};
+    job.outputs = buffers[COUNTS].len / 8;
+    if (source < 0 || source > 2 || target < 0 || target > 2 || job.outputs == 0) {
+        PyErr_SetString(PyExc_ValueError, "formats are 0, 1 and 2; there is at least one output");
+        goto done;
+    }
+    job.inputs = buffers[MATRIX].len / 8 / job.outputs;
+    job.columns = buffers[FLAGS].len / job.outputs;
+    if (buffers[MATRIX].len != job.outputs * job.inputs * 8 ||
+        buffers[ROWS].len != job.outputs * 24 ||
+        buffers[FLAGS].len != job.outputs * job.columns ||
+        buffers[BLOCK].len != job.inputs * job.columns * ITEMSIZE[source] ||
+        buffers[OUTS].len != job.outputs * job.columns * ITEMSIZE[target]) {
+        PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not fit together");
+        goto done;
+    }
+    int finite;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t output = 0; output < job.outputs; output++)
+        job.counts[output] = 0;
+    finite = run(&job);
+    Py_END_ALLOW_THREADS
+    result = PyBool_FromLong(finite);
+done:
+    for (int i = 0; i < BUFFERS; i++)
+        PyBuffer_Release(&buffers[i]);
+    return result;
+}
+
+static PyMethodDef METHODS[] = {
+    {"settle", settle, METH_VARARGS, settle_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "wavg._compiled",
+    "The kernel's first step in C; optional. See wavg.kernel.", -1, METHODS,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__compiled(void)
+{
+    return PyModule_Create(&MODULE);
+}
