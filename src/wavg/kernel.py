@@ -286,8 +286,12 @@ class Combiner:
         if self._left.shape != outs.shape:
             self._left = np.empty(outs.shape, bool)
         finite = _compiled.settle(
-            *(_bytes(array) for array in (block, outs, self._left)),
-            *(_bytes(array) for array in (self._counts, self._weights, self._rows)),
+            _bytes(block),
+            _bytes(outs),
+            _bytes(self._left),
+            _bytes(self._counts),
+            _bytes(self._weights),
+            _bytes(self._rows),
             _COMPILED_FORMATS[self._source.name],
             _COMPILED_FORMATS[self._target.name],
         )
