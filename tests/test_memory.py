@@ -67,6 +67,15 @@ def test_a_smaller_budget_is_honoured(tmp_path):
         assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
+def test_many_outputs_are_within_the_projection_and_the_budget(tmp_path, suffix):
+    save_run(tmp_path, suffix, 4, 2, (2000, 500), "float32")
+    weights = ";".join(f"exponential:alpha={alpha}" for alpha in range(1, 11))
+    for budget in ("64MiB", "48MiB"):
+        figures = measure(tmp_path, suffix, weights, budget, target=f"-{{weights}}{suffix}")
+        assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
 def test_an_impossible_budget_is_refused_with_what_is_needed(tmp_path):
     save_run(tmp_path, ".safetensors", 2, 1, (10,), "float32")
     with pytest.raises(wavg.MemoryBudgetError, match=r"at least \d+ MiB, and 1 MiB are allowed"):

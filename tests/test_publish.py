@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import OutputError, OutputExistsError
+from wavg import OutputError, OutputExistsError, publish
 from wavg.publish import AtomicFile
 
 
@@ -149,3 +149,33 @@ def test_what_a_killed_run_left_is_reclaimed_by_the_next_and_a_living_ones_is_no
 def test_a_folder_that_does_not_exist_is_said_so(tmp_path):
     with pytest.raises(OutputError, match="there is no folder"):
         wavg.save(tmp_path / "nowhere/m.npz", {"w": np.ones(1)})
+
+
+def test_the_disk_is_set_to_work_before_the_end(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(publish, "_SYNC_BYTES", 100)
+    monkeypatch.setattr(publish, "_sync_data", synced.append)
+    with AtomicFile(str(tmp_path / "out")) as file:
+        for start in range(0, 1000, 50):
+            file.write(b"x" * 50, start)
+        file.commit()
+    assert synced
+    assert (tmp_path / "out").read_bytes() == b"x" * 1000
+
+
+def test_a_failure_of_the_disk_at_work_is_told_and_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(publish, "_SYNC_BYTES", 100)
+    monkeypatch.setattr(publish, "_sync_data", fail)
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        AtomicFile(str(path), overwrite=True) as file,
+    ):
+        file.write(b"x" * 200, 0)
+        file.commit()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out"]

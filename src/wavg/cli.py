@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("wavg: interrupted; nothing was written", file=sys.stderr)
+        print("wavg: interrupted; nothing is half-written", file=sys.stderr)
         return 130
     except (WavgError, OSError) as error:
         lines = _told(error).splitlines()
@@ -157,14 +158,27 @@ def _command(
 def _add_average(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
-    add("-o", "--output", required=True, metavar="OUTPUT", help="the file to write")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUTPUT",
+        help="the file to write; {weights} and {last} in its name stand for those of an average",
+    )
     add(
         "--weights",
-        default="equal",
+        action="append",
         metavar="SPEC",
-        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: %(default)s)",
+        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: equal); "
+        "given several times, so many averages are made in one pass",
     )
-    add("--last", type=_positive, metavar="N", help="only the newest N")
+    add(
+        "--last",
+        action="append",
+        type=_positive,
+        metavar="N",
+        help="only the newest N; several times: an average of each",
+    )
     add(
         "--steps",
         type=_numbers,
@@ -257,7 +271,6 @@ def _average(options: argparse.Namespace) -> None:
     chosen = {
         name: getattr(options, name)
         for name in (
-            "weights",
             "last",
             "steps",
             "dtype",
@@ -271,32 +284,38 @@ def _average(options: argparse.Namespace) -> None:
             "workers",
         )
     }
+    chosen["weights"] = options.weights or ["equal"]  # a list: a list comes back
     chosen["sort"] = options.order == "natural"
-    report: Report | None = None
+    made: list[tuple[Plan, Report | None]]
     if options.dry_run:
-        plan = plan_average(options.inputs, options.output, **chosen)
+        plans = plan_average(options.inputs, options.output, **chosen)
+        made = [(plan, None) for plan in plans]
     else:
-        report = average_checkpoints(
+        reports = average_checkpoints(
             options.inputs,
             options.output,
             overwrite=options.overwrite,
             progress=not (options.quiet or options.json),
             **chosen,
         )
-        plan = report.plan
+        made = [(report.plan, report) for report in reports]
     if options.json:
-        print(json.dumps(_plan_as_json(plan, options.output, report), indent=2))
+        figures = [_plan_as_json(*parts) for parts in made]
+        print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
     elif not options.quiet:
-        lines = [*_plan_as_text(plan, options.output, report), *_notes(plan, options)]
-        print("\n".join(lines))
+        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options))))
 
 
-def _notes(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
+def _notes(
+    made: Sequence[tuple[Plan, Report | None]], options: argparse.Namespace
+) -> Iterator[str]:
     """Say what a person might not expect."""
+    plan = max((plan for plan, _ in made), key=lambda plan: len(plan.inputs))
     paths = [part.path for part in plan.inputs]
     if options.steps is None and len(paths) > 1 and named_steps(paths) is None:
         yield "note: the names tell no increasing steps; the checkpoints are counted from 1"
-    if options.order == "natural" and plan.schedule[:1] in "-.0123456789":
+    explicit = any(plan.schedule[:1] in "-.0123456789" for plan, _ in made)
+    if options.order == "natural" and explicit:
         given = [os.path.realpath(path) for path in options.inputs]
         if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
             yield "note: the inputs were put in order; weights go to the oldest first"
@@ -305,13 +324,14 @@ def _notes(plan: Plan, options: argparse.Namespace) -> Iterator[str]:
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"
         )
-    if options.dry_run and os.path.lexists(options.output) and not options.overwrite:
-        yield f"note: {options.output} exists; writing it needs --overwrite"
+    for plan, report in made:
+        if report is None and os.path.lexists(plan.output or "") and not options.overwrite:
+            yield f"note: {plan.output} exists; writing it needs --overwrite"
 
 
-def _plan_as_json(plan: Plan, output: str, report: Report | None) -> dict[str, Any]:
+def _plan_as_json(plan: Plan, report: Report | None) -> dict[str, Any]:
     return {
-        "output": output,
+        "output": plan.output,
         "written": report is not None,
         "weights": plan.schedule,
         "inputs": [
@@ -333,20 +353,23 @@ def _plan_as_json(plan: Plan, output: str, report: Report | None) -> dict[str, A
     }
 
 
-def _plan_as_text(plan: Plan, output: str, report: Report | None) -> list[str]:
-    verb = "would write" if report is None else "wrote"
+def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
+    """Describe one average, or what several have in common and then each of them."""
+    plan, report = max(made, key=lambda parts: len(parts[0].inputs))
+    several = len(made) > 1
     width = max(len(part.path) for part in plan.inputs)
-    lines = [f"{'inputs, oldest first':<{width}}  {'step':>10}  weight"]
-    lines += [
-        f"{part.path:<{width}}  {part.step:>10g}  {part.proportion:.4f}" for part in plan.inputs
-    ]
-    lines.append(_figures_line(plan.schedule, plan.figures, len(plan.inputs)))
+    yield f"{'inputs, oldest first':<{width}}  {'step':>10}" + "  weight" * (not several)
+    for part in plan.inputs:
+        proportion = "" if several else f"  {part.proportion:.4f}"
+        yield f"{part.path:<{width}}  {part.step:>10g}{proportion}"
+    if not several:
+        yield _figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)
-    lines.append(f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers")
+    yield f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers"
     if plan.carried:
-        lines.append(f"carried over from the newest: {_count(len(plan.carried), 'tensor')}")
+        yield f"carried over from the newest: {_count(len(plan.carried), 'tensor')}"
         differing = set(report.differing) if report else set()
-        lines += _shorten(
+        yield from _shorten(
             [
                 f"  {decision.spec.name}: {decision.reason}"
                 + (", and the inputs differ" if decision.spec.name in differing else "")
@@ -355,17 +378,23 @@ def _plan_as_text(plan: Plan, output: str, report: Report | None) -> list[str]:
         )
     if plan.others:
         what = "carried over" if plan.keep_others else "left out"
-        lines.append(f"optimizer state: {_count(len(plan.others), 'tensor')} {what}")
+        yield f"optimizer state: {_count(len(plan.others), 'tensor')} {what}"
     if not plan.patches:
-        lines.append("another format: only the tensors are written, no configuration")
-    read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
-    lines.append(
+        yield "another format: only the tensors are written, no configuration"
+    yield (
         f"memory: at most {plan.projected_memory / MIB:.0f} MiB of "
         f"{plan.options.max_memory / MIB:.0f} MiB (blocks of {plan.block:,} numbers, "
         f"{_count(plan.workers, 'worker')})"
     )
-    lines.append(f"{verb} {output}: {read} read, {written} written")
-    return lines
+    read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
+    verb = "would write" if report is None else "wrote"
+    if not several:
+        yield f"{verb} {plan.output}: {read} read, {written} written"
+        return
+    yield f"{read} read once, {written} written to each of {len(made)} files"
+    for each, _ in made:
+        yield f"{verb} {each.output}"
+        yield "  " + _figures_line(each.schedule, each.figures, len(each.inputs))
 
 
 def _figures_line(text: str, merit: schedules.Figures, count: int) -> str:

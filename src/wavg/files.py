@@ -23,7 +23,7 @@ from wavg.dtypes import dtype_of
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, load_module, open_file
 from wavg.inputs import PathLike, expand, read_steps
-from wavg.plan import Options, Plan, make_plan, parse_size
+from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.publish import AtomicFile, refuse_existing
 from wavg.sinks import FileSink, MemorySink
 
@@ -58,11 +58,9 @@ class Report:
         return f"<Report: {self.output}, {self.plan!r}>"
 
 
-class AverageOptions(TypedDict, total=False):
-    """The keyword arguments of `average_checkpoints`, for type checkers."""
+class PlanOptions(TypedDict, total=False):
+    """The keyword arguments of `plan_average`, for type checkers."""
 
-    weights: schedules.WeightsLike
-    last: int | None
     steps: Sequence[float] | None
     sort: bool | None
     dtype: str | None
@@ -72,31 +70,62 @@ class AverageOptions(TypedDict, total=False):
     integers: str
     allow_nonfinite: bool
     opaque_dtype: str | None
-    overwrite: bool
     max_memory: int | str
     workers: int | None
+
+
+class AverageOptions(PlanOptions, total=False):
+    """Those of `average_checkpoints`."""
+
+    overwrite: bool
     executor: Executor | None
     progress: bool
+
+
+class OneAverage(AverageOptions, total=False):
+    """Those of a call that makes one average."""
+
+    weights: schedules.WeightsLike
+    last: int | None
+
+
+class ManyAverages(AverageOptions, total=False):
+    """Those of a call that makes several in one pass."""
+
+    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike]
+    last: int | Sequence[int] | None
 
 
 @overload
 def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
     output: None = None,
-    **options: Unpack[AverageOptions],
+    **options: Unpack[OneAverage],
 ) -> dict[str, Array]: ...
 @overload
 def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike,
-    **options: Unpack[AverageOptions],
+    **options: Unpack[OneAverage],
 ) -> Report: ...
+@overload
+def average_checkpoints(
+    inputs: PathLike | Iterable[PathLike],
+    output: None = None,
+    **options: Unpack[ManyAverages],
+) -> list[dict[str, Array]]: ...
+@overload
+def average_checkpoints(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike,
+    **options: Unpack[ManyAverages],
+) -> list[Report]: ...
 def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,
     *,
-    weights: schedules.WeightsLike = "equal",
-    last: int | None = None,
+    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike] = "equal",
+    last: int | Sequence[int] | None = None,
     steps: Sequence[float] | None = None,
     sort: bool | None = None,
     dtype: str | None = None,
@@ -111,8 +140,8 @@ def average_checkpoints(
     workers: int | None = None,
     executor: Executor | None = None,
     progress: bool = False,
-) -> dict[str, Array] | Report:
-    """Average the checkpoints of a training run, from files to arrays or to a file.
+) -> dict[str, Array] | Report | list[dict[str, Array]] | list[Report]:
+    """Average the checkpoints of a training run, from files to arrays or to files.
 
     Parameters
     ----------
@@ -122,12 +151,15 @@ def average_checkpoints(
     output
         The file to write. None returns the arrays. A file of the inputs' format is the newest
         input with its numbers replaced: configuration, attributes, optimizer state and all else
-        stay, byte for byte. Any other format is a new file that holds the tensors.
+        stay, byte for byte. Any other format is a new file that holds the tensors. In the name
+        ``{weights}`` and ``{last}`` stand for what an average was made with.
     weights
         ``"equal"``, ``"linear"``, ``"exponential:alpha=2"``, a schedule such as
-        ``wavg.exponential(alpha=3)``, or one number a checkpoint, oldest first.
+        ``wavg.exponential(alpha=3)``, or one number a checkpoint, oldest first. A list of these
+        makes an average with each.
     last
-        Only the newest so many.
+        Only the newest so many. A list makes an average of each: with every one of the weights, in
+        one pass over the inputs.
     steps
         Where in training each checkpoint was saved; read from the file names by default.
     sort
@@ -165,7 +197,8 @@ def average_checkpoints(
         Without an output, an ordered dict from tensor names to arrays, in the order of the newest
         file. For Keras that is the order of ``get_weights()``, so that
         ``model.set_weights(list(result.values()))`` takes it, unless models are nested in the
-        model: then write a file and load that. With an output, what was done.
+        model: then write a file and load that. With an output, what was done. With a list of
+        weights or of lasts, a list of these, the lasts of the first weights first.
 
     Raises
     ------
@@ -193,6 +226,11 @@ def average_checkpoints(
     ...     f"{folder}/model_*.safetensors", f"{folder}/average.safetensors", weights="linear")
     >>> [f"{part.step:g}: {part.proportion:.3f}" for part in report.plan.inputs]
     ['9: 0.333', '10: 0.667']
+    >>> reports = wavg.average_checkpoints(
+    ...     f"{folder}/model_*.safetensors", f"{folder}/{{weights}}-{{last}}.safetensors",
+    ...     weights=["equal", "linear"], last=[1, 2])
+    >>> [os.path.basename(report.output) for report in reports]
+    ['equal-1.safetensors', 'equal-2.safetensors', 'linear-1.safetensors', 'linear-2.safetensors']
     """
     options = Options(
         dtype=dtype,
@@ -204,38 +242,84 @@ def average_checkpoints(
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
-    target = None if output is None else os.fspath(output)
-    paths, all_steps = _select(inputs, steps, last, sort, target)
-    if target is not None:
-        format_of_output(target)
+    grid = _Grid.of(weights, last)
+    paths, all_steps = _select(inputs, steps, grid, sort, output)
+    targets = grid.outputs(output, len(paths))
+    for target in targets:
         refuse_existing(target, overwrite)
-    with _opened(paths, opaque_dtype) as checkpoints:
-        plan = _plan(checkpoints, all_steps, weights, target, options)
-        with _progress_bar(plan, progress) as tick:
-            if target is None:
-                memory = MemorySink(plan)
-                stream.run(plan, checkpoints, memory, executor=executor, progress=tick)
+    with _opened(paths, opaque_dtype, len(targets)) as checkpoints:
+        plans = _plans(checkpoints, all_steps, grid, targets, options)
+        with _progress_bar(plans[0], progress) as tick:
+            if not targets:
+                memory = [MemorySink(plan) for plan in plans]
+                stream.run(plans, checkpoints, memory, executor=executor, progress=tick)
                 _verify(checkpoints)
-                return memory.arrays()
-            with AtomicFile(target, overwrite=overwrite) as file:
+                results = [sink.arrays() for sink in memory]
+                return results if grid.many else results[0]
+            differing = _write(plans, checkpoints, targets, overwrite, executor, tick)
+    reports = [Report(*parts) for parts in zip(targets, plans, differing, strict=True)]
+    return reports if grid.many else reports[0]
+
+
+def _write(
+    plans: Sequence[Plan],
+    checkpoints: Sequence[Checkpoint],
+    targets: Sequence[str],
+    overwrite: bool,
+    executor: Executor | None,
+    tick: Callable[[int], object] | None,
+) -> list[tuple[str, ...]]:
+    """Carry plans out into files; each appears when all are complete."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in targets]
+        templates, sinks = [], []
+        for plan, target, file in zip(plans, targets, files, strict=True):
+            with file.failures():
+                templates.append(_template(plan, checkpoints[-1], target, file.temporary))
+            sinks.append(FileSink(file, templates[-1], checkpoints[-1]))
+        differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
+        for template, file in zip(templates, files, strict=True):
+            if template.finish is not None:
                 with file.failures():
-                    template = _template(plan, checkpoints[-1], target, file.temporary)
-                sink = FileSink(file, template, checkpoints[-1])
-                differing = stream.run(plan, checkpoints, sink, executor=executor, progress=tick)
-                if template.finish is not None:
-                    with file.failures():
-                        template.finish(file.descriptor)
-                _verify(checkpoints)
-                file.commit()
-    return Report(target, plan, tuple(differing))
+                    template.finish(file.descriptor)
+        _verify(checkpoints)
+        for file in files:
+            file.commit()
+    return differing
 
 
+class OnePlan(PlanOptions, total=False):
+    """Those of a call that plans one average."""
+
+    weights: schedules.WeightsLike
+    last: int | None
+
+
+class ManyPlans(PlanOptions, total=False):
+    """Those of a call that plans several."""
+
+    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike]
+    last: int | Sequence[int] | None
+
+
+@overload
+def plan_average(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike | None = None,
+    **options: Unpack[OnePlan],
+) -> Plan: ...
+@overload
+def plan_average(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike | None = None,
+    **options: Unpack[ManyPlans],
+) -> list[Plan]: ...
 def plan_average(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,
     *,
-    weights: schedules.WeightsLike = "equal",
-    last: int | None = None,
+    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike] = "equal",
+    last: int | Sequence[int] | None = None,
     steps: Sequence[float] | None = None,
     sort: bool | None = None,
     dtype: str | None = None,
@@ -247,10 +331,10 @@ def plan_average(
     opaque_dtype: str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
-) -> Plan:
+) -> Plan | list[Plan]:
     """Return what `average_checkpoints` would do, without reading a tensor or writing a byte.
 
-    Parameters are those of `average_checkpoints`.
+    Parameters are those of `average_checkpoints`; a list where that returns a list.
 
     Examples
     --------
@@ -272,13 +356,14 @@ def plan_average(
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
-    target = None if output is None else os.fspath(output)
-    paths, all_steps = _select(inputs, steps, last, sort, target)
-    if target is not None:
-        format_of_output(target)
+    grid = _Grid.of(weights, last)
+    paths, all_steps = _select(inputs, steps, grid, sort, output)
+    targets = grid.outputs(output, len(paths))
+    for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
     with _opened(paths, opaque_dtype) as checkpoints:
-        return _plan(checkpoints, all_steps, weights, target, options)
+        plans = _plans(checkpoints, all_steps, grid, targets, options)
+    return plans if grid.many else plans[0]
 
 
 def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
@@ -404,25 +489,73 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The averages that one call makes: every schedule with every number of newest inputs."""
+
+    rules: tuple[schedules.Schedule, ...]
+    lasts: tuple[int | None, ...]
+    many: bool
+
+    @classmethod
+    def of(
+        cls,
+        weights: schedules.WeightsLike | Sequence[schedules.WeightsLike],
+        last: int | Sequence[int] | None,
+    ) -> _Grid:
+        many = not (last is None or isinstance(last, (int, np.integer)))
+        lasts = tuple(last) if isinstance(last, Iterable) else (last,)
+        if schedules.is_several(weights):
+            rules, many = tuple(map(schedules.resolve, weights)), True
+        else:
+            rules = (schedules.resolve(weights),)
+        if not rules or not lasts:
+            raise WeightError("weights or last is an empty list: there is no average to make")
+        return cls(rules, lasts, many)
+
+    def cells(self, count: int) -> list[tuple[schedules.Schedule, int]]:
+        """Return the averages of so many inputs, each as a schedule and the inputs it takes."""
+        return [(rule, last or count) for rule in self.rules for last in self.lasts]
+
+    def outputs(self, output: PathLike | None, count: int) -> list[str]:
+        """Return the averages' paths; none for arrays."""
+        if output is None:
+            return []
+        template = os.fspath(output)
+        paths = []
+        for rule, number in self.cells(count):
+            text = str(rule).replace(":", "-").replace("/", "-")
+            path = template.replace("{weights}", text).replace("{last}", str(number))
+            format_of_output(path)
+            if path in paths:
+                raise OutputError(
+                    f"two of these averages would be written to {path}; "
+                    "put {weights} and {last} into the output's name",
+                    path=path,
+                )
+            paths.append(path)
+        return paths
+
+
 def _select(
     inputs: PathLike | Iterable[PathLike],
     steps: Sequence[float] | None,
-    last: int | None,
+    grid: _Grid,
     sort: bool | None,
-    output: str | None,
+    output: PathLike | None,
 ) -> tuple[list[str], tuple[float, ...]]:
-    """Return the paths to average and their steps, oldest first."""
-    paths = expand(inputs, sort=sort, output=output)
+    """Return the paths that any average takes and their steps, oldest first."""
+    paths = expand(inputs, sort=sort, output=None if output is None else os.fspath(output))
     if steps is not None and len(steps) != len(paths):
         raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
     numbers = read_steps(paths) if steps is None else schedules.check_steps(steps)
-    if last is not None:
+    lasts = [len(paths) if last is None else last for last in grid.lasts]
+    for last in lasts:
         if not 1 <= last <= len(paths):
             raise WeightError(
                 f"last must be between 1 and {len(paths)}, the number of checkpoints, not {last}"
             )
-        paths, numbers = paths[-last:], numbers[-last:]
-    return paths, numbers
+    return paths[-max(lasts) :], numbers[-max(lasts) :]
 
 
 def _allow_open_files(count: int) -> None:
@@ -439,8 +572,10 @@ def _allow_open_files(count: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(paths: Sequence[str], opaque_dtype: str | None) -> Iterator[list[Checkpoint]]:
-    _allow_open_files(len(paths))
+def _opened(
+    paths: Sequence[str], opaque_dtype: str | None, outputs: int = 1
+) -> Iterator[list[Checkpoint]]:
+    _allow_open_files(len(paths) + outputs)
     with contextlib.ExitStack() as stack:
         checkpoints: list[Checkpoint] = []
         for path in paths:
@@ -450,22 +585,25 @@ def _opened(paths: Sequence[str], opaque_dtype: str | None) -> Iterator[list[Che
         yield checkpoints
 
 
-def _plan(
+def _plans(
     checkpoints: Sequence[Checkpoint],
     steps: tuple[float, ...],
-    weights: schedules.WeightsLike,
-    output: str | None,
+    grid: _Grid,
+    targets: Sequence[str],
     options: Options,
-) -> Plan:
-    schedule = schedules.resolve(weights)
-    return make_plan(
+) -> list[Plan]:
+    cells = grid.cells(len(checkpoints))
+    outputs: Sequence[str | None] = targets or [None] * len(cells)
+    return make_plans(
         [checkpoint.index for checkpoint in checkpoints],
         steps,
-        schedule(steps),
-        str(schedule),
+        [
+            Weighting(str(rule), rule(steps[-number:]), target)
+            for (rule, number), target in zip(cells, outputs, strict=True)
+        ],
         options,
-        patches=output is not None and _patches(checkpoints[-1], output),
-        output_format=None if output is None else format_of_output(output).name,
+        patches=bool(targets) and _patches(checkpoints[-1], targets[0]),
+        output_format=format_of_output(targets[0]).name if targets else None,
     )
 
 

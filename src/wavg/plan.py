@@ -9,6 +9,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ __all__ = [
     "Options",
     "Plan",
     "PlannedInput",
-    "make_plan",
+    "Weighting",
+    "make_plans",
     "parse_size",
 ]
 
@@ -110,6 +112,8 @@ class Plan:
         Oldest first; the last is the reference.
     schedule, coefficients, figures
         The schedule's text, the unnormalised weights, shape (inputs,), and what to say of them.
+    output
+        The path to be written; None if the result is arrays.
     decisions
         One a tensor, in the reference's order.
     others, keep_others
@@ -121,7 +125,8 @@ class Plan:
     block, workers
         Elements read at once from each input, and how many blocks are in flight.
     bytes_read, bytes_written
-        What the run moves, the reference's carried-over bytes included.
+        What the run moves, the reference's carried-over bytes included. Averages made in one pass
+        share what is read.
     projected_memory
         The promised peak, in bytes beyond the interpreter with ``import wavg``.
     result_bytes
@@ -132,6 +137,7 @@ class Plan:
     schedule: str
     coefficients: npt.NDArray[np.float64]
     figures: Figures
+    output: str | None
     decisions: tuple[Decision, ...]
     others: tuple[TensorSpec, ...]
     keep_others: bool
@@ -176,32 +182,41 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def make_plan(
+class Weighting(NamedTuple):
+    """One average of a pass: a schedule, its weights of the newest inputs, and an output path."""
+
+    schedule: str
+    coefficients: npt.NDArray[np.float64]
+    output: str | None
+
+
+def make_plans(
     indexes: Sequence[Index],
     steps: Sequence[float],
-    coefficients: npt.NDArray[np.float64],
-    schedule: str,
+    weightings: Sequence[Weighting],
     options: Options,
     *,
     patches: bool,
     output_format: str | None,
-) -> Plan:
-    """Decide.
+) -> list[Plan]:
+    """Decide on one or several averages to be made in one pass over the inputs.
+
+    The plans differ in their inputs, which are the newest of the pass's, and in their weights.
 
     Parameters
     ----------
     indexes
         The inputs, oldest first; the last is the reference.
-    steps, coefficients
-        Each input's step and unnormalised weight.
-    schedule
-        The text of the schedule, for the report.
+    steps
+        Each input's step.
+    weightings
+        The averages.
     options
         What was asked for.
     patches
-        Whether the output is the reference file with its numbers replaced, rather than a new file.
+        Whether an output is the reference file with its numbers replaced, rather than a new file.
     output_format
-        The name of the output's format; None if the result is arrays.
+        The name of the outputs' format; None if the result is arrays.
 
     Raises
     ------
@@ -221,7 +236,7 @@ def make_plan(
         raise WavgError(f"{reference.path}: there is no tensor to average")
     _refuse_quantised(reference, decisions)
     created = None if patches else output_format
-    block, workers, projected = _fit(indexes, decisions, options, created)
+    block, workers, projected = _fit(indexes, decisions, options, created, len(weightings))
     keep_others = options.optimizer == "carry" and not in_memory and patches
     read = sum(
         spec.nbytes
@@ -234,29 +249,32 @@ def make_plan(
     )
     result = sum(decision.output.nbytes for decision in decisions)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
-    merit = figures(coefficients, steps)
-    return Plan(
-        inputs=tuple(
-            PlannedInput(index.path, step, proportion)
-            for index, step, proportion in zip(
-                indexes, steps, merit.proportions.tolist(), strict=True
+    plans = []
+    for schedule, coefficients, output in weightings:
+        newest = slice(len(indexes) - len(coefficients), None)
+        merit = figures(coefficients, steps[newest])
+        parts = zip(indexes[newest], steps[newest], merit.proportions.tolist(), strict=True)
+        plans.append(
+            Plan(
+                inputs=tuple(PlannedInput(index.path, step, part) for index, step, part in parts),
+                schedule=schedule,
+                coefficients=coefficients,
+                figures=merit,
+                output=output,
+                decisions=decisions,
+                others=reference.others,
+                keep_others=keep_others,
+                patches=patches,
+                options=options,
+                block=block,
+                workers=workers,
+                bytes_read=read + carried,
+                bytes_written=0 if in_memory else result + carried,
+                projected_memory=projected,
+                result_bytes=result if in_memory else 0,
             )
-        ),
-        schedule=schedule,
-        coefficients=coefficients,
-        figures=merit,
-        decisions=decisions,
-        others=reference.others,
-        keep_others=keep_others,
-        patches=patches,
-        options=options,
-        block=block,
-        workers=workers,
-        bytes_read=read + carried,
-        bytes_written=0 if in_memory else result + carried,
-        projected_memory=projected,
-        result_bytes=result if in_memory else 0,
-    )
+        )
+    return plans
 
 
 def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
@@ -355,6 +373,7 @@ def _fit(
     decisions: Sequence[Decision],
     options: Options,
     created: str | None,
+    outputs: int,
 ) -> tuple[int, int, int]:
     """Choose block and workers for the budget; return them with the projected memory."""
     distinct = {id(index.tensors): len(index.tensors) for index in indexes}
@@ -363,7 +382,7 @@ def _fit(
     if "keras-h5" in (created, *(index.format for index in indexes)):
         fixed += _HDF5_BYTES
     if created is not None:
-        fixed += _CREATED_BYTES * len(decisions)
+        fixed += _CREATED_BYTES * len(decisions) * outputs
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
     widest = max(d.spec.entry.itemsize for d in decisions if d.action == "average")
     wanted = max(1, min(_BLOCK_BYTES // widest, total))
@@ -374,10 +393,10 @@ def _fit(
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:
-            projected = fixed + workers * _worker_bytes(len(indexes), decisions, block)
+            projected = fixed + workers * _worker_bytes(len(indexes), outputs, decisions, block)
             if projected <= options.max_memory:
                 return block, workers, projected
-    needed = fixed + _worker_bytes(len(indexes), decisions, min(wanted, _SMALLEST_BLOCK))
+    needed = fixed + _worker_bytes(len(indexes), outputs, decisions, min(wanted, _SMALLEST_BLOCK))
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
         f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
@@ -387,16 +406,16 @@ def _fit(
     )
 
 
-def _worker_bytes(inputs: int, decisions: Sequence[Decision], block: int) -> int:
-    """Bound what one worker holds: a block of every input and of the output, and scratch."""
+def _worker_bytes(inputs: int, outputs: int, decisions: Sequence[Decision], block: int) -> int:
+    """Bound what one worker holds: a block of every input and output, and scratch."""
     kinds = {
         (d.action, d.spec.entry, d.output.entry)
         for d in decisions
         if d.action == "average" or d.compare
     }
     return _WORKER_BYTES + max(
-        block * (inputs * source.itemsize + target.itemsize)
-        + scratch_bytes(inputs, 1, source.component, target.component, block)
+        block * (inputs * source.itemsize + outputs * target.itemsize)
+        + scratch_bytes(inputs, outputs, source.component, target.component, block)
         if action == "average"
         else 2 * block * max(1, source.itemsize)
         for action, source, target in kinds

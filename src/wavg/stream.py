@@ -31,23 +31,23 @@ _CHUNK_BYTES = 32 << 20  # read for one submission to the executor: some millise
 
 
 def run(
-    plan: Plan,
+    plans: Sequence[Plan],
     checkpoints: Sequence[Checkpoint],
-    sink: Sink,
+    sinks: Sequence[Sink],
     *,
     executor: Executor | None = None,
     progress: Callable[[int], object] | None = None,
-) -> list[str]:
-    """Stream every block of the plan into the sink.
+) -> list[tuple[str, ...]]:
+    """Stream every block of every input once, and what the plans make of it into their sinks.
 
     Parameters
     ----------
-    plan
-        The decision.
+    plans
+        The averages to make of one pass, as `wavg.plan.make_plans` decides them together.
     checkpoints
-        The open inputs, oldest first.
-    sink
-        Takes the results.
+        The open inputs, oldest first; each plan takes the newest of them.
+    sinks
+        For each plan, what takes its results.
     executor
         Runs the plan's workers; threads of its own by default.
     progress
@@ -56,7 +56,7 @@ def run(
     Returns
     -------
     names
-        Of the carried-over tensors whose values differ between the inputs.
+        For each plan, the carried-over tensors whose values differ between its inputs.
 
     Raises
     ------
@@ -65,23 +65,27 @@ def run(
     StructureMismatchError
         Integers differ, and the plan's policy is to refuse that.
     """
-    job = _Job(plan, checkpoints, sink)
-    differing: set[str] = set()
+    plan = plans[0]  # in what follows they are alike
+    job = _Job(plans, checkpoints, sinks)
+    newest: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_single_blas_thread())
         if executor is None:
             executor = stack.enter_context(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
-        for outcome in _submit_all(executor, job, _chunks(plan, sink), plan.workers):
-            differing |= outcome.differing
+        for outcome in _submit_all(executor, job, _chunks(plan, sinks), plan.workers):
+            for name, position in outcome.differing:
+                newest[name] = max(position, newest.get(name, -1))
             if progress is not None:
                 progress(outcome.bytes_read)
-    return [d.spec.name for d in plan.decisions if d.spec.name in differing]
+    firsts = [len(checkpoints) - len(plan.inputs) for plan in plans]
+    names = [decision.spec.name for decision in plan.decisions if decision.spec.name in newest]
+    return [tuple(name for name in names if newest[name] >= first) for first in firsts]
 
 
 class _Average(NamedTuple):
-    """A part of a run to be averaged; `joined` if the sink takes the run in one piece, too."""
+    """A part of a run to be averaged; `joined` if sinks take the run in one piece, too."""
 
     run: Run
     start: int
@@ -98,16 +102,18 @@ class _Carry(NamedTuple):
 
 
 class _Outcome(NamedTuple):
+    """What was read, and tensors that differ from the reference, each with an input's position."""
+
     bytes_read: int
-    differing: set[str]
+    differing: list[tuple[str, int]]
 
 
-def _chunks(plan: Plan, sink: Sink) -> Iterator[list[_Average | _Carry]]:
+def _chunks(plan: Plan, sinks: Sequence[Sink]) -> Iterator[list[_Average | _Carry]]:
     """Group the work so that a submission is worth its cost, and neighbours stay together."""
     chunk: list[_Average | _Carry] = []
     size = 0
     tasks: Iterator[_Average | _Carry] = itertools.chain(
-        _averages(plan, sink), _carries(plan, sink)
+        _averages(plan, sinks), _carries(plan, sinks)
     )
     for task in tasks:
         chunk.append(task)
@@ -120,16 +126,17 @@ def _chunks(plan: Plan, sink: Sink) -> Iterator[list[_Average | _Carry]]:
         yield chunk
 
 
-def _averages(plan: Plan, sink: Sink) -> Iterator[_Average]:
+def _averages(plan: Plan, sinks: Sequence[Sink]) -> Iterator[_Average]:
     for piece in make_runs(plan.decisions):
-        joined = sink.joined([decision.spec.name for decision in piece.decisions])
+        names = [decision.spec.name for decision in piece.decisions]
+        joined = all(sink.joined(names) for sink in sinks)
         for start in range(0, piece.size, plan.block):
             yield _Average(piece, start, min(piece.size, start + plan.block), joined)
 
 
-def _carries(plan: Plan, sink: Sink) -> Iterator[_Carry]:
+def _carries(plan: Plan, sinks: Sequence[Sink]) -> Iterator[_Carry]:
     for decision in plan.carried:
-        if decision.compare or sink.wants(decision.spec.name):
+        if decision.compare or any(sink.wants(decision.spec.name) for sink in sinks):
             # Sub-byte numbers are only ever moved and compared, as bytes.
             spec = decision.spec
             size = spec.nbytes if spec.entry.bits % 8 else spec.size
@@ -177,21 +184,28 @@ class _Scratch:
 class _Job:
     """What the workers share; called with one chunk after the other."""
 
-    def __init__(self, plan: Plan, checkpoints: Sequence[Checkpoint], sink: Sink) -> None:
-        self._plan, self._checkpoints, self._sink = plan, checkpoints, sink
-        self._combination = Combination.of(plan.coefficients)
+    def __init__(
+        self, plans: Sequence[Plan], checkpoints: Sequence[Checkpoint], sinks: Sequence[Sink]
+    ) -> None:
+        self._plans, self._checkpoints, self._sinks = plans, checkpoints, sinks
+        self._options = plans[0].options
+        matrix = np.zeros((len(plans), len(checkpoints)))
+        for plan, row in zip(plans, matrix, strict=True):
+            row[len(row) - len(plan.inputs) :] = plan.coefficients
+        self._combination = Combination.of(matrix)
         # One a worker, whatever threads an executor lends: this is the memory that the plan counts.
         self._idle: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
-        for _ in range(plan.workers):
+        for _ in range(plans[0].workers):
             self._idle.put(_Scratch())
         self.stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Job, (self._plan, self._checkpoints, self._sink)
+        return _Job, (self._plans, self._checkpoints, self._sinks)
 
     def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
         """Do a chunk; ends early once `stop` is set."""
-        read, differing = 0, set()
+        read = 0
+        differing: list[tuple[str, int]] = []
         scratch = self._idle.get()
         try:
             for task in chunk:
@@ -202,7 +216,7 @@ class _Job:
                 else:
                     outcome = self._carry(task, scratch)
                 read += outcome.bytes_read
-                differing |= outcome.differing
+                differing += outcome.differing
         finally:
             self._idle.put(scratch)
         return _Outcome(read, differing)
@@ -211,7 +225,7 @@ class _Job:
         key = source.name, target.name
         if scratch.formats != key or scratch.combiner is None:
             scratch.combiner = None  # free before allocating
-            allow = self._plan.options.allow_nonfinite
+            allow = self._options.allow_nonfinite
             scratch.combiner = Combiner(self._combination, source, target, allow_nonfinite=allow)
             scratch.formats = key
         return scratch.combiner
@@ -221,25 +235,25 @@ class _Job:
         entry, output = piece.sources[0].entry, piece.decisions[0].output.entry
         source, target = entry.component, output.component
         parts = entry.bits // source.bits  # 2 for complex numbers
-        rows = len(self._checkpoints)
+        rows, results = len(self._checkpoints), len(self._sinks)
         taken = _aligned(rows * count * entry.itemsize)
-        buffer = scratch.take(taken + count * output.itemsize)
+        buffer = scratch.take(taken + results * count * output.itemsize)
         block = _view(buffer, (rows, count * parts), source.numpy)
         for checkpoint, spec, row in zip(self._checkpoints, piece.sources, block, strict=True):
             checkpoint.read(spec, task.start, row.view(entry.numpy))
-        outs = _view(buffer[taken:], (1, count * parts), target.numpy)
+        outs = _view(buffer[taken:], (results, count * parts), target.numpy)
         try:
             self._combiner(source, target, scratch)(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
-        values = outs[0].view(output.numpy)
-        if task.joined:
-            self._sink.write(piece.decisions[0].spec.name, task.start, values)
-        else:
+        for sink, values in zip(self._sinks, outs.view(output.numpy), strict=True):
+            if task.joined:
+                sink.write(piece.decisions[0].spec.name, task.start, values)
+                continue
             for decision, first, start, stop in piece.pieces(task.start, task.stop):
                 part = values[start - task.start : stop - task.start]
-                self._sink.write(decision.spec.name, first, part)
-        return _Outcome(block.nbytes, set())
+                sink.write(decision.spec.name, first, part)
+        return _Outcome(block.nbytes, [])
 
     def _located(self, error: NonFiniteError, task: _Average, parts: int) -> NonFiniteError:
         index = task.start + error.index // parts
@@ -266,15 +280,16 @@ class _Job:
         """Write the reference's numbers where they are wanted; compare the others with them."""
         spec = task.decision.spec
         reference = self._read(task, -1, 0, scratch)
-        if self._sink.wants(spec.name):
-            self._sink.write(spec.name, task.start, reference)
+        for sink in self._sinks:
+            if sink.wants(spec.name):
+                sink.write(spec.name, task.start, reference)
         if not task.decision.compare:
-            return _Outcome(reference.nbytes, set())
-        differing = set()
+            return _Outcome(reference.nbytes, [])
+        differing = []
         for position, checkpoint in enumerate(self._checkpoints[:-1]):
             values = self._read(task, position, 1, scratch)
             if not np.array_equal(values.view(np.uint8), reference.view(np.uint8)):
-                differing.add(spec.name)
+                differing.append((spec.name, position))
                 self._refuse_difference(spec, checkpoint.path)
         return _Outcome(reference.nbytes * len(self._checkpoints), differing)
 
@@ -289,7 +304,7 @@ class _Job:
     def _refuse_difference(self, spec: TensorSpec, path: str) -> None:
         if spec.entry.kind == "code":
             advice = "exclude it to take the newest's"
-        elif self._plan.options.integers == "error":
+        elif self._options.integers == "error":
             advice = "integers='reference' (--integers reference) takes the newest's"
         else:
             return

@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from wavg.errors import WeightError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = [
     "Figures",
@@ -29,6 +32,7 @@ __all__ = [
     "explicit",
     "exponential",
     "figures",
+    "is_several",
     "linear",
     "parse",
     "resolve",
@@ -228,6 +232,19 @@ def parse(text: str) -> Schedule:
         except ValueError:
             raise WeightError(f"{value!r} in weights {text!r} is not a number") from None
     return _SCHEDULES[name](**arguments)
+
+
+def is_several(weights: WeightsLike | Sequence[WeightsLike]) -> TypeIs[Sequence[WeightsLike]]:
+    """Tell a list of schedules from one: numbers are the weights of a single one.
+
+    >>> is_several("linear"), is_several([1, 2]), is_several(["equal", "linear"])
+    (False, False, True)
+    >>> is_several([[1, 2], [1, 3]])
+    True
+    """
+    if isinstance(weights, (str, Schedule)):
+        return False
+    return any(isinstance(item, (str, Schedule)) or np.ndim(item) > 0 for item in weights)
 
 
 def resolve(weights: WeightsLike) -> Schedule:
