@@ -171,11 +171,7 @@ def test_a_failure_of_the_disk_at_work_is_told_and_leaves_the_old_file(tmp_path,
     monkeypatch.setattr(publish, "_sync_data", fail)
     path = tmp_path / "out"
     path.write_bytes(b"old")
-    with (
-        pytest.raises(OutputError, match="Input/output error"),
-        AtomicFile(str(path), overwrite=True) as file,
-    ):
-        file.write(b"x" * 200, 0)
-        file.commit()
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(path, b"x" * 200, overwrite=True)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["out"]
