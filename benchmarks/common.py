@@ -19,13 +19,14 @@ import numpy as np
 
 import wavg
 from wavg.dtypes import lookup
+from wavg.kernel import COMPILED
 
 RESULTS = Path(__file__).parent / "results"
 READ = 1 << 20
 
 
 def llama_shapes(width=1024, layers=8, vocabulary=16_000, hidden=2816) -> dict[str, tuple]:
-    """Tensors of a Llama-shaped model; the defaults have 74 of them and 119 M parameters."""
+    """Tensors of a Llama-shaped model, its head tied; the defaults have 74, of 119 M numbers."""
     shapes = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -36,7 +37,7 @@ def llama_shapes(width=1024, layers=8, vocabulary=16_000, hidden=2816) -> dict[s
         shapes[f"{prefix}mlp.down_proj.weight"] = (width, hidden)
         shapes[f"{prefix}input_layernorm.weight"] = (width,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (width,)
-    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+    return shapes | {"model.norm.weight": (width,)}
 
 
 def make_run(
@@ -117,11 +118,20 @@ def run_process(arguments: Sequence[str]) -> tuple[float, int]:
 
 
 def read_all(paths: Sequence[Path]) -> None:
-    """Bring files into the page cache."""
+    """Read files one after the other: it brings them into the page cache."""
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             while file.read(READ):
                 pass
+
+
+def drop_from_cache(paths: Sequence[Path]) -> None:
+    """Have the page cache forget files, so that the next reading comes from the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def median(times: Sequence[float]) -> float:
@@ -148,6 +158,7 @@ def machine(cache: str) -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         "versions": versions,
+        "compiled_kernel": COMPILED,
         "page_cache": cache,
     }
 

@@ -59,7 +59,8 @@ _WIDEST_TILE = 1 << 16
 _WEIGHT_BITS = 28  # of whole-number weights' sum; more, and the theorem above no longer holds
 _FEW = 400  # numbers in so few columns are settled sooner one by one than all at once
 _DENSE = 8  # if more than one in so many columns is left over, it is sooner to do all of them
-_SETTLED = 1 << 13  # columns that steps 2 and 3 take at once
+_SETTLED = 1 << 13  # columns that steps 2 and 3 take at once, and
+_SETTLED_NUMBERS = 1 << 17  # numbers in these, if inputs are many
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +160,13 @@ def span(inputs: int, outputs: int, target: DType) -> int:
     """Return the columns that a `Combiner` settles at once: a whole number of its tiles."""
     tile = _tile_width(inputs, outputs)
     if target.precision == 53:
-        return min(tile, _SETTLED)  # step 3 for all of it
+        return min(tile, _settled(inputs))  # step 3 for all of it
     return tile * max(1, 4 // outputs)
+
+
+def _settled(inputs: int) -> int:
+    """Columns that steps 2 and 3 take at once."""
+    return max(64, min(_SETTLED, _SETTLED_NUMBERS // inputs))
 
 
 def _tile_width(inputs: int, outputs: int) -> int:
@@ -179,7 +185,7 @@ def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block
         wide = 8 if _start(source, target) == np.float64 else 4
         first_step = tile * inputs * (wide + 4 * (source.name == "float16"))
         first_step += outputs * width * (2 * wide + 2 * target.itemsize + 1)
-    left_over = min(_SETTLED, width) * (inputs * (32 + source.itemsize) + 200)
+    left_over = min(_settled(inputs), width) * (inputs * (32 + source.itemsize) + 200)
     return first_step + width * 8 // _DENSE + left_over + (1 << 18)
 
 
@@ -223,6 +229,7 @@ class Combiner:
         self._start = _start(source, target)
         self._tile = _tile_width(inputs, outputs)
         self._span = span(inputs, outputs, target)
+        self._settled = _settled(inputs)
         self._sums = np.empty((outputs, 0), self._start)
         self._left = np.empty((outputs, 0), bool)
         with np.errstate(all="ignore"):  # of rows that are not tame, nothing of this is used
@@ -377,7 +384,7 @@ class Combiner:
         if count * _DENSE > len(out):  # all of them, rather than picking most
             self._settle_all(index, raw, out)
         elif count:
-            for columns in _portions(np.flatnonzero(flags)):
+            for columns in _portions(np.flatnonzero(flags), self._settled):
                 out[columns] = self._settle(index, np.take(raw, columns, axis=1))
 
     def _round(self, out: Array) -> None:
@@ -396,7 +403,7 @@ class Combiner:
         for index, (quotients, out) in enumerate(zip(sums, outs, strict=True)):
             np.copyto(out, round_to(quotients, self._target))
             if not quotients.all():
-                for zeros in _portions(np.flatnonzero(quotients == 0.0)):
+                for zeros in _portions(np.flatnonzero(quotients == 0.0), self._settled):
                     out[zeros] = self._signed_zeros(index, np.take(raw, zeros, axis=1))
 
     def _all_left_over(self, raw: Array, outs: Array) -> None:
@@ -404,8 +411,8 @@ class Combiner:
             self._settle_all(index, raw, out)
 
     def _settle_all(self, index: int, raw: Array, out: Array) -> None:
-        for start in range(0, len(out), _SETTLED):
-            part = slice(start, start + _SETTLED)
+        for start in range(0, len(out), self._settled):
+            part = slice(start, start + self._settled)
             out[part] = self._settle(index, raw[:, part])
 
     def _settle(self, index: int, columns: Array) -> Array:
@@ -477,8 +484,8 @@ class Combiner:
                 index=first + column,
                 value=float(raw[row, column]),
             )
-        for start in range(0, raw.shape[1], _SETTLED):
-            part = slice(start, start + _SETTLED)
+        for start in range(0, raw.shape[1], self._settled):
+            part = slice(start, start + self._settled)
             columns = raw[:, part].astype(np.float64)
             for index, out in enumerate(outs[:, part]):
                 used = np.array(self._combination.integers[index], dtype=bool)
@@ -588,8 +595,8 @@ def _widen_half(raw: Array, out: Array) -> None:
     np.bitwise_and(whole, np.int32(-0x70002000), out=whole)
 
 
-def _portions(columns: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
-    return (columns[start : start + _SETTLED] for start in range(0, len(columns), _SETTLED))
+def _portions(columns: npt.NDArray[np.intp], size: int) -> Iterator[npt.NDArray[np.intp]]:
+    return (columns[start : start + size] for start in range(0, len(columns), size))
 
 
 def _fits(bits: int, highest: int, lowest: int, source: DType) -> bool:
