@@ -374,13 +374,32 @@ def test_more_inputs_than_the_limit_on_open_files(tmp_path):
     np.testing.assert_array_equal(result["w"], [74.5])
 
 
-def test_an_executor_of_processes_is_refused(run, tmp_path):
-    glob = run(*kernels([1], [3]))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        for output in (None, tmp_path / "avg.safetensors"):
-            with pytest.raises(TypeError, match="threads of this process"):
-                wavg.average_checkpoints(glob, output, executor=executor)
-    assert not [name for name in os.listdir(tmp_path) if "avg" in name]
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".npz"])
+def test_an_executor_of_processes_makes_the_same_bytes(run, tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    models = [
+        {"w": rng.standard_normal((300, 70)), "b/h": np.float16(rng.random(9)), "n": np.int64(step)}
+        for step in range(3)
+    ]
+    glob = run(*models, suffix=suffix)
+    right = wavg.average_checkpoints(glob, tmp_path / f"a{suffix}", integers="reference")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as executor:
+        report = wavg.average_checkpoints(glob, tmp_path / f"b{suffix}", executor=executor)
+        arrays = wavg.average_checkpoints(glob, executor=executor)
+        wavg.save(
+            tmp_path / f"model_1{suffix}",
+            models[0] | {"b/h": np.float16([np.nan] * 9)},
+            overwrite=True,
+        )
+        with pytest.raises(wavg.NonFiniteError, match=r"b/h\[0\] is nan"):
+            wavg.average_checkpoints(glob, tmp_path / f"c{suffix}", executor=executor)
+    assert read_bytes(tmp_path / f"a{suffix}") == read_bytes(tmp_path / f"b{suffix}")
+    assert report.differing == right.differing == ("n",)
+    expected = wavg.load(tmp_path / f"a{suffix}")
+    assert all(arrays[name].tobytes() == expected[name].tobytes() for name in expected)
+    assert sorted(os.listdir(tmp_path))[:2] == [f"a{suffix}", f"b{suffix}"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "c"))]
 
 
 def test_a_model_of_empty_tensors_averages(run):

@@ -186,8 +186,8 @@ def average_checkpoints(
     workers
         Threads; by default as many as there are cores for this process.
     executor
-        Runs the workers in place of threads of its own: any executor whose workers are threads of
-        this process.
+        Runs the workers in place of threads of its own: any `concurrent.futures.Executor`. Each
+        process of a pool has the memory of a worker, and what it makes comes back to this one.
     progress
         Show a progress bar on standard error if that is a terminal.
 

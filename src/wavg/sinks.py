@@ -17,14 +17,7 @@ __all__ = ["FileSink", "MemorySink"]
 Array = npt.NDArray[Any]
 
 
-class _Unsent:
-    """What belongs to this process: another one would write to its own copy."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("wavg's executor has to run threads of this process, not other processes")
-
-
-class MemorySink(_Unsent):
+class MemorySink:
     """Collects the result as arrays."""
 
     def __init__(self, plan: Plan) -> None:
@@ -48,7 +41,7 @@ class MemorySink(_Unsent):
         return {name: spec.array(self._flat[name]) for name, spec in self._outputs.items()}
 
 
-class FileSink(_Unsent):
+class FileSink:
     """Writes results to their places in a temporary file made after a template."""
 
     def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:

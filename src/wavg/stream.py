@@ -49,7 +49,8 @@ def run(
     sinks
         For each plan, what takes its results.
     executor
-        Runs the plan's workers; threads of its own by default.
+        Runs the plan's workers; threads of its own by default. What workers elsewhere (processes)
+        make comes back with their outcome and is written here.
     progress
         Called with numbers of bytes read, as the work goes on.
 
@@ -75,6 +76,9 @@ def run(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
         for outcome in _submit_all(executor, job, _chunks(plan, sinks), plan.workers):
+            for sink, writes in zip(sinks, outcome.writes, strict=False):
+                for write in writes:
+                    sink.write(*write)
             for name, position in outcome.differing:
                 newest[name] = max(position, newest.get(name, -1))
             if progress is not None:
@@ -101,11 +105,25 @@ class _Carry(NamedTuple):
     stop: int
 
 
+_Write = tuple[str, int, Array]  # the arguments of `Sink.write`
+
+
 class _Outcome(NamedTuple):
-    """What was read, and tensors that differ from the reference, each with an input's position."""
+    """What came of a chunk.
+
+    Attributes
+    ----------
+    bytes_read
+        Of all inputs.
+    differing
+        Tensors that differ from the reference, each with an input's position.
+    writes
+        For each sink, what a worker of another process wants written to it.
+    """
 
     bytes_read: int
     differing: list[tuple[str, int]]
+    writes: tuple[list[_Write], ...] = ()
 
 
 def _chunks(plan: Plan, sinks: Sequence[Sink]) -> Iterator[list[_Average | _Carry]]:
@@ -200,7 +218,9 @@ class _Job:
         self.stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Job, (self._plans, self._checkpoints, self._sinks)
+        names = [decision.spec.name for decision in self._plans[0].decisions]
+        wanted = [frozenset(filter(sink.wants, names)) for sink in self._sinks]
+        return _Elsewhere, (self._plans, self._checkpoints, wanted)
 
     def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
         """Do a chunk; ends early once `stop` is set."""
@@ -314,6 +334,45 @@ class _Job:
             path=path,
             tensor=spec.name,
         )
+
+
+class _Elsewhere:
+    """The job as it arrives in another process: its results go home with the outcome."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        checkpoints: Sequence[Checkpoint],
+        wanted: Sequence[frozenset[str]],
+    ) -> None:
+        self._plans, self._checkpoints = plans, checkpoints
+        self._sinks = [_Parcel(names) for names in wanted]
+
+    def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
+        """Do a chunk; the inputs, opened anew for it, are closed."""
+        with contextlib.ExitStack() as stack:
+            for checkpoint in self._checkpoints:
+                stack.enter_context(checkpoint)
+            stack.enter_context(_single_blas_thread())
+            outcome = _Job(self._plans, self._checkpoints, self._sinks)(chunk)
+        return outcome._replace(writes=tuple(sink.writes for sink in self._sinks))
+
+
+class _Parcel:
+    """A sink that keeps what is to be written elsewhere (see `wavg.checkpoint.Sink`)."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self.writes: list[_Write] = []
+
+    def wants(self, name: str) -> bool:
+        return name in self._names
+
+    def joined(self, names: Sequence[str]) -> bool:
+        raise AssertionError("tasks come with the answer")
+
+    def write(self, name: str, start: int, values: Array) -> None:
+        self.writes.append((name, start, values.copy()))
 
 
 def _aligned(size: int) -> int:
