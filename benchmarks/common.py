@@ -103,18 +103,27 @@ def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> di
     return times
 
 
+_LAUNCHER = """
+import os, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - start
+print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
 def run_process(arguments: Sequence[str]) -> tuple[float, int]:
-    """Run a command; return seconds and the peak of its memory in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    errors = process.stderr.read().decode()
-    process.stderr.close()
-    if process.returncode:
-        raise RuntimeError(f"{arguments} failed: {errors}")
-    return seconds, usage.ru_maxrss * 1024
+    """Run a command; return seconds and the peak of its memory in bytes.
+
+    A small launcher starts it: the peak that Linux reports of a process begins with its parent's.
+    """
+    command = [sys.executable, "-S", "-c", _LAUNCHER, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{arguments} failed: {done.stderr}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak)
 
 
 def read_all(paths: Sequence[Path]) -> None:

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,
-    "cli": f"files sweep demo weights errors inputs plan {FACE}",
+    "cli": f"files kernel sweep demo weights errors inputs plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(MAY_IMPORT.keys() - {"cli", "demo"})

@@ -329,7 +329,9 @@ def test_the_check_of_failures_sees_planted_ones():
 
 
 def test_the_version_is_the_packages(run):
-    assert run("--version") == (0, f"wavg {wavg.__version__}\n", "")
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(rf"wavg {re.escape(wavg.__version__)} \(kernel .+\)\n", out)
 
 
 @pytest.mark.parametrize("command", ["average", "weights", "inspect", "demo"])

@@ -21,6 +21,7 @@ from wavg.dtypes import DTYPES
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
 from wavg.inputs import expand, named_steps, read_steps
+from wavg.kernel import COMPILED
 from wavg.plan import MIB, Plan, parse_size
 
 __all__ = ["main"]
@@ -79,11 +80,16 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _version() -> str:
+    step = "compiled" if COMPILED else "in NumPy: no C compiler when it was installed"
+    return f"wavg {wavg.__version__} (kernel {step})"
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="wavg", description="Average the checkpoints of a training run, file to file."
     )
-    parser.add_argument("--version", action="version", version=f"wavg {wavg.__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_average(
         _command(

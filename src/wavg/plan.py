@@ -238,14 +238,10 @@ def make_plans(
     created = None if patches else output_format
     block, workers, projected = _fit(indexes, decisions, options, created, len(weightings))
     keep_others = options.optimizer == "carry" and not in_memory and patches
-    read = sum(
-        spec.nbytes
+    read = sum(  # in every input a tensor has one size
+        decision.spec.nbytes
+        * (len(indexes) if decision.action == "average" or decision.compare else 1)
         for decision in decisions
-        for spec in (
-            decision.sources
-            if decision.action == "average" or decision.compare
-            else decision.sources[-1:]
-        )
     )
     result = sum(decision.output.nbytes for decision in decisions)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
@@ -280,7 +276,8 @@ def make_plans(
 def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
     """Match tensors by name; list every difference of the inputs to the reference."""
     reference = indexes[-1]
-    by_name = {id(i.tensors): {spec.name: spec for spec in i.tensors} for i in indexes}
+    distinct = {id(index.tensors): index.tensors for index in indexes}
+    by_name = {key: {spec.name: spec for spec in table} for key, table in distinct.items()}
     tables = [by_name[id(index.tensors)] for index in indexes]
     differences: list[str] = []
     for index, table in zip(indexes[:-1], tables[:-1], strict=True):
@@ -308,6 +305,8 @@ def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
             + "\n  ".join(differences),
             differences=differences,
         )
+    if all(table is tables[-1] for table in tables):
+        return {spec.name: (spec,) * len(tables) for spec in reference.tensors}
     return {spec.name: tuple(table[spec.name] for table in tables) for spec in reference.tensors}
 
 
@@ -328,7 +327,7 @@ def _decide(spec: TensorSpec, sources: tuple[TensorSpec, ...], options: Options)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return bool(patterns) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_patterns(reference: Index, options: Options) -> None:
@@ -347,7 +346,10 @@ def _refuse_quantised(reference: Index, decisions: Sequence[Decision]) -> None:
     """
     actions = {decision.spec.name: decision.action for decision in decisions}
     for spec in reference.tensors:
-        narrow = spec.entry.bits <= 8 and spec.entry.kind in ("int", "float", "code")
+        entry = spec.entry
+        narrow = entry.bits <= 8 and entry.kind in ("int", "float", "code")
+        if not narrow and not spec.name.endswith(("qweight", "qzeros")):
+            continue
         place = max(spec.name.rfind("."), spec.name.rfind("/")) + 1
         if not narrow and spec.name[place:] not in ("qweight", "qzeros"):
             continue
@@ -376,9 +378,9 @@ def _fit(
     outputs: int,
 ) -> tuple[int, int, int]:
     """Choose block and workers for the budget; return them with the projected memory."""
-    distinct = {id(index.tensors): len(index.tensors) for index in indexes}
+    tables = {id(index.tensors): index.tensors for index in indexes}.values()
     others = sum(len(index.others) for index in indexes)
-    fixed = _BASE_BYTES + _SPEC_BYTES * (sum(distinct.values()) + others)
+    fixed = _BASE_BYTES + _SPEC_BYTES * (sum(map(len, tables)) + others)
     if "keras-h5" in (created, *(index.format for index in indexes)):
         fixed += _HDF5_BYTES
     if created is not None:
@@ -387,7 +389,7 @@ def _fit(
     widest = max(d.spec.entry.itemsize for d in decisions if d.action == "average")
     wanted = max(1, min(_BLOCK_BYTES // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
-    if any(spec.extent is None for decision in decisions for spec in decision.sources):
+    if any(spec.extent is None for table in tables for spec in table):
         most = 1  # compressed bytes can only be read in their order
     for workers in range(most, 0, -1):
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)

@@ -58,15 +58,24 @@ def make_runs(decisions: Sequence[Decision]) -> Iterator[Run]:
 def _adjoins(a: Decision, b: Decision) -> bool:
     if a.spec.dtype != b.spec.dtype or a.output.dtype != b.output.dtype:
         return False
-    for left, right in zip(a.sources, b.sources, strict=True):
-        if left.extent is None or right.extent is None:
-            return False
-        file, offset, length = left.extent
-        if right.extent.file != file or right.extent.offset != offset + length:
-            return False
-        if left is a.sources[-1] and all(spec is left for spec in a.sources):
-            return all(spec is right for spec in b.sources)  # one layout for all inputs
-    return True
+    if not _side_by_side(a.spec, b.spec):  # the last of the sources
+        return False
+    if _is_one(a.sources) and _is_one(b.sources):  # one layout for all inputs
+        return True
+    return all(map(_side_by_side, a.sources, b.sources))
+
+
+def _side_by_side(left: TensorSpec, right: TensorSpec) -> bool:
+    if left.extent is None or right.extent is None:
+        return False
+    file, offset, length = left.extent
+    return right.extent.file == file and right.extent.offset == offset + length
+
+
+def _is_one(sources: Sequence[TensorSpec]) -> bool:
+    """Whether all inputs share one index; the ends tell most that do not."""
+    first = sources[0]
+    return first is sources[-1] and sources.count(first) == len(sources)
 
 
 def _join(group: Sequence[Decision]) -> Run:

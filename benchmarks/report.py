@@ -1,0 +1,204 @@
+"""Put the recorded figures into docs/performance.md and docs/memory.md, and draw the plot.
+
+    python benchmarks/report.py [--check]
+
+Every table between ``<!-- table: NAME -->`` and ``<!-- end -->`` is made from benchmarks/results.
+--check writes nothing and fails if the pages say anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "memory.md")
+PLOT = ROOT / "docs" / "performance.svg"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def figures(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["figures"]
+
+
+def seconds(times: list[float]) -> str:
+    return f"{statistics.median(times):.2f} s"
+
+
+def table(header: str, rows: Iterator[str]) -> str:
+    columns = header.count("|") + 1
+    return "\n".join([f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows)])
+
+
+def machine() -> str:
+    found = json.loads((RESULTS / "speed.json").read_text())["machine"]
+    versions = ", ".join(f"{name} {text}" for name, text in found["versions"].items() if text)
+    return (
+        f"{found['cores']} cores ({found['cpu']}), {found['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{found['system']}, Python {found['python']}; {versions}."
+    )
+
+
+def warm() -> str:
+    return table(
+        "| copy limit | wavg | ratio of the medians",
+        (
+            f"{dtype} | {seconds(row['seconds']['copy limit'])} | {seconds(row['seconds']['wavg'])}"
+            f" | {row['ratio']:.2f}"
+            for dtype in DTYPES
+            for row in [figures("speed")[dtype]["warm"]]
+        ),
+    )
+
+
+def cold() -> str:
+    return table(
+        "| `cat` | wavg | speed of wavg over that of `cat`",
+        (
+            f"{dtype} | {seconds(row['seconds']['cat'])} | {seconds(row['seconds']['wavg'])}"
+            f" | {row['share_of_cat']:.0%}"
+            for dtype in DTYPES
+            for row in [figures("speed")[dtype]["cold"]]
+        ),
+    )
+
+
+def peers() -> str:
+    def rows() -> Iterator[str]:
+        for dtype in DTYPES:
+            found = figures("peers")[dtype]
+            ours = statistics.median(found["wavg"]["seconds"])
+            for name, row in found.items():
+                times = statistics.median(row["seconds"]) / ours
+                yield (
+                    f"{dtype} | {name} | {seconds(row['seconds'])} | {times:.1f} | "
+                    f"{row['peak_bytes'] / 1e6:,.0f} MB | {row['wrong_share']:.1%}"
+                )
+
+    return table("| | time | times wavg's | peak memory | not correctly rounded", rows())
+
+
+def outputs() -> str:
+    return table(
+        "| averages in one pass | copy limit | wavg | ratio",
+        (
+            f"{row['dtype']} | {row['outputs']} | {seconds(row['seconds']['copy limit'])} | "
+            f"{seconds(row['seconds']['wavg'])} | {row['ratio']:.2f}"
+            for row in figures("scaling")["outputs"]
+        ),
+    )
+
+
+def tensors() -> str:
+    found = figures("scaling")["tensors"]
+    return table(
+        "model of 80 MB, ten checkpoints | time",
+        iter(
+            [
+                f"20,000 tensors of 1,000 numbers | {seconds(found['seconds']['many'])}",
+                f"10 tensors of 2,000,000 | {seconds(found['seconds']['few'])}",
+                f"ratio of the medians | {found['ratio']:.2f}",
+            ]
+        ),
+    )
+
+
+def index() -> str:
+    found = figures("scaling")["tensors"]["index_seconds_per_tensor"]
+    return table(
+        "opening a file | a tensor",
+        (f"`{suffix}` | {each * 1e6:.0f} µs" for suffix, each in found.items()),
+    )
+
+
+def breakdown() -> str:
+    found = figures("breakdown")
+    names = [name for name in found["float32"]["compiled"] if name != "wall"]
+
+    def rows() -> Iterator[str]:
+        for dtype in DTYPES:
+            for step in ("NumPy", "compiled"):
+                row = found[dtype][step]
+                parts = " | ".join(f"{row.get(name, 0):.2f}" for name in names)
+                yield f"{dtype} | {step} | {row['wall']:.2f} | {parts}"
+
+    return table(f"| first step | wall | {' | '.join(names)}", rows())
+
+
+def memory() -> str:
+    def size(count: float) -> str:
+        return f"{count / 1e9:g} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+    return table(
+        "checkpoints | each | measured | projected",
+        (
+            f"{row['checkpoints']:,} | {size(round(row['bytes_each'], -6))} | "
+            f"{row['measured'] / 2**20:.0f} MiB | {row['projected'] / 2**20:.0f} MiB"
+            for row in figures("memory")
+        ),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    made.__name__: made
+    for made in (machine, warm, cold, peers, outputs, tensors, index, breakdown, memory)
+}
+
+
+def filled(text: str) -> str:
+    def put(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", put, text, flags=re.DOTALL)
+
+
+def draw() -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "wavg"
+    found = figures("scaling")
+    bfloat = [row for row in found["outputs"] if row["dtype"] == "bfloat16"]
+    panels = [
+        ("size of a model in MB, ten of them", [r["bytes"] / 1e6 for r in found["model_sizes"]]),
+        ("checkpoints of 37 MB", [r["checkpoints"] for r in found["checkpoints"]]),
+        ("averages in one pass, ten models of 238 MB", [r["outputs"] for r in bfloat]),
+    ]
+    rows = [found["model_sizes"], found["checkpoints"], bfloat]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    for axis, (label, places), points in zip(axes, panels, rows, strict=True):
+        for name, style in (("copy limit", "o--"), ("wavg", "o-")):
+            medians = [statistics.median(point["seconds"][name]) for point in points]
+            axis.plot(places, medians, style, label=name)
+        axis.set(xlabel=label, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle("bfloat16, page cache warm, fsync included")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text()
+        right = filled(text)
+        if options.check and text != right:
+            sys.exit(f"{page} does not say what benchmarks/results do; run benchmarks/report.py")
+        if not options.check:
+            page.write_text(right)
+    if not options.check:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
