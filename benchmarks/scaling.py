@@ -52,12 +52,12 @@ def model_sizes(folder: Path, repeats: int) -> list[dict]:
     rows = []
     for width, layers in ((256, 2), (512, 4), (1024, 4), (1024, 8), (1024, 16), (2048, 8)):
         shapes = llama_shapes(width, layers, hidden=width * 11 // 4)
-        paths = make_run(folder / "size", "bfloat16", shapes)
+        paths = make_run(folder / f"size_{width}_{layers}", "bfloat16", shapes)
         read_all(paths)
         size = paths[0].stat().st_size
         rows.append({"bytes": size, **point(folder, paths, 1, repeats)})
         print(f"10 models of {size / 1e6:.0f} MB: {told(rows[-1])}")
-        shutil.rmtree(folder / "size")
+        shutil.rmtree(paths[0].parent)
     return rows
 
 

@@ -7,6 +7,7 @@ format has to provide. It knows no format.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -367,7 +368,7 @@ def complement(size: int, extents: Iterable[Extent]) -> list[tuple[Extent, int]]
     [(Extent(file=0, offset=0, length=2), 0), (Extent(file=0, offset=5, length=3), 5)]
     """
     carry, position = [], 0
-    for _, offset, length in sorted(extents, key=lambda extent: extent.offset):
+    for _, offset, length in sorted(extents, key=operator.itemgetter(1)):
         if offset > position:
             carry.append((Extent(0, position, offset - position), position))
         position = max(position, offset + length)

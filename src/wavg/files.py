@@ -6,6 +6,7 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -578,11 +579,25 @@ def _opened(
     _allow_open_files(len(paths) + outputs)
     with contextlib.ExitStack() as stack:
         checkpoints: list[Checkpoint] = []
-        for path in paths:
-            like = checkpoints[-1].index if checkpoints else None
-            opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
-            checkpoints.append(stack.enter_context(opened))
+        with _uncollected():
+            for path in paths:
+                like = checkpoints[-1].index if checkpoints else None
+                opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
+                checkpoints.append(stack.enter_context(opened))
         yield checkpoints
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector while very many small objects appear, none of them garbage."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _plans(
@@ -594,17 +609,19 @@ def _plans(
 ) -> list[Plan]:
     cells = grid.cells(len(checkpoints))
     outputs: Sequence[str | None] = targets or [None] * len(cells)
-    return make_plans(
-        [checkpoint.index for checkpoint in checkpoints],
-        steps,
-        [
-            Weighting(str(rule), rule(steps[-number:]), target)
-            for (rule, number), target in zip(cells, outputs, strict=True)
-        ],
-        options,
-        patches=bool(targets) and _patches(checkpoints[-1], targets[0]),
-        output_format=format_of_output(targets[0]).name if targets else None,
-    )
+    weightings = [
+        Weighting(str(rule), rule(steps[-number:]), target)
+        for (rule, number), target in zip(cells, outputs, strict=True)
+    ]
+    with _uncollected():
+        return make_plans(
+            [checkpoint.index for checkpoint in checkpoints],
+            steps,
+            weightings,
+            options,
+            patches=bool(targets) and _patches(checkpoints[-1], targets[0]),
+            output_format=format_of_output(targets[0]).name if targets else None,
+        )
 
 
 def _patches(reference: Checkpoint, output: str) -> bool:

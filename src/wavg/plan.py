@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Index, TensorSpec
-from wavg.dtypes import lookup
+from wavg.dtypes import DType, lookup
 from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
 from wavg.kernel import scratch_bytes
 from wavg.weights import Figures, figures
@@ -74,8 +74,7 @@ class PlannedInput:
     proportion: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What happens to one tensor.
 
     Attributes
@@ -386,7 +385,8 @@ def _fit(
     if created is not None:
         fixed += _CREATED_BYTES * len(decisions) * outputs
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
-    widest = max(d.spec.entry.itemsize for d in decisions if d.action == "average")
+    kinds = _kinds(decisions)
+    widest = max(lookup(source).itemsize for action, source, _ in kinds if action == "average")
     wanted = max(1, min(_BLOCK_BYTES // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
     if any(spec.extent is None for table in tables for spec in table):
@@ -395,10 +395,10 @@ def _fit(
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:
-            projected = fixed + workers * _worker_bytes(len(indexes), outputs, decisions, block)
+            projected = fixed + workers * _worker_bytes(len(indexes), outputs, kinds, block)
             if projected <= options.max_memory:
                 return block, workers, projected
-    needed = fixed + _worker_bytes(len(indexes), outputs, decisions, min(wanted, _SMALLEST_BLOCK))
+    needed = fixed + _worker_bytes(len(indexes), outputs, kinds, min(wanted, _SMALLEST_BLOCK))
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
         f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
@@ -408,17 +408,22 @@ def _fit(
     )
 
 
-def _worker_bytes(inputs: int, outputs: int, decisions: Sequence[Decision], block: int) -> int:
-    """Bound what one worker holds: a block of every input and output, and scratch."""
-    kinds = {
-        (d.action, d.spec.entry, d.output.entry)
+def _kinds(decisions: Sequence[Decision]) -> set[tuple[str, str, str]]:
+    """Return the actions that go through memory, with the dtypes of input and output."""
+    return {
+        (d.action, d.spec.dtype, d.output.dtype)
         for d in decisions
         if d.action == "average" or d.compare
     }
-    return _WORKER_BYTES + max(
-        block * (inputs * source.itemsize + outputs * target.itemsize)
-        + scratch_bytes(inputs, outputs, source.component, target.component, block)
-        if action == "average"
-        else 2 * block * max(1, source.itemsize)
-        for action, source, target in kinds
-    )
+
+
+def _worker_bytes(inputs: int, outputs: int, kinds: set[tuple[str, str, str]], block: int) -> int:
+    """Bound what one worker holds: a block of every input and output, and scratch."""
+
+    def needed(action: str, source: DType, target: DType) -> int:
+        if action != "average":
+            return 2 * block * max(1, source.itemsize)
+        scratch = scratch_bytes(inputs, outputs, source.component, target.component, block)
+        return block * (inputs * source.itemsize + outputs * target.itemsize) + scratch
+
+    return _WORKER_BYTES + max(needed(action, lookup(a), lookup(b)) for action, a, b in kinds)
