@@ -67,6 +67,30 @@ def test_rounds_once_into_another_dtype(source, target):
     assert_exact(np.exp(np.arange(7) / 2.0), block, target)
 
 
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), inputs=st.integers(1, 9))
+def test_any_bits_round_once_into_another_dtype(source, target, data, inputs):
+    block = data.draw(strategies.bit_patterns(source, inputs * 32, None)).reshape(inputs, 32)
+    assert_exact(data.draw(strategies.weights(inputs)), block, target)
+
+
+def test_a_value_that_is_not_finite_in_a_late_tile_leaves_the_others_exact():
+    rng = np.random.default_rng(1)
+    block = rng.standard_normal((5, 5000)).astype(np.float32)
+    block[3, 4999] = np.inf
+    assert_exact([1, 2, 3, 4, 5], block)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0.3, 0.3, 0.1], [1, -2, 4]])
+def test_columns_of_zeros_keep_their_signs(weights):
+    block = np.zeros((3, 8), np.float32)
+    block[:, [1, 2, 3]] *= -1
+    block[0, 2] = block[1, 3] = 0.0
+    assert_exact(weights, block)
+
+
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
 @pytest.mark.parametrize("inputs", [2, 4, 10])
 def test_exact_ties_go_to_even(dtype, inputs):

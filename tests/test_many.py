@@ -99,9 +99,9 @@ def test_outputs_that_would_be_one_file_are_refused(run):
     folder, suffix = run
     with pytest.raises(wavg.OutputError, match=r"put \{weights\} and \{last\} into"):
         wavg.average_checkpoints(
-            f"{folder}/model_*{suffix}", folder / f"{{last}}{suffix}", weights=["equal", "linear"]
+            f"{folder}/model_*{suffix}", folder / f"a-{{last}}{suffix}", weights=["equal", "linear"]
         )
-    assert not list(folder.glob("5*"))
+    assert not list(folder.glob("a-*"))
 
 
 def test_nothing_is_written_if_one_output_exists(run):
@@ -159,3 +159,59 @@ def test_the_command_makes_them(run, capsys):
         (2, "linear"),
         (5, "linear"),
     ]
+
+
+def test_a_second_run_over_the_folder_does_not_average_the_first_ones_outputs(run):
+    folder, suffix = run
+    template = folder / f"avg-{{weights}}-{{last}}{suffix}"
+    first = wavg.average_checkpoints(folder, template, weights=["equal", "linear"])
+    again = wavg.average_checkpoints(folder, template, weights=["equal", "linear"], overwrite=True)
+    assert [report.plan.inputs for report in again] == [report.plan.inputs for report in first]
+    assert [report.output for report in again] == [report.output for report in first]
+
+
+def test_the_work_is_divided_alike_whatever_the_order_of_the_lasts(run, monkeypatch):
+    folder, suffix = run
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 5 * 1200 * 8)
+    chunks = []
+    original = stream._Job.__call__
+    monkeypatch.setattr(
+        stream._Job,
+        "__call__",
+        lambda self, chunk: (chunks.append(len(chunk)), original(self, chunk))[1],
+    )
+    wavg.average_checkpoints(f"{folder}/model_*{suffix}", last=[1, 5])
+    ascending = list(chunks)
+    chunks.clear()
+    wavg.average_checkpoints(f"{folder}/model_*{suffix}", last=[5, 1])
+    assert sorted(chunks) == sorted(ascending)
+
+
+def test_if_an_output_appears_meanwhile_none_is_published(run, monkeypatch):
+    folder, suffix = run
+    original = stream.run
+
+    def appear(*arguments, **options):
+        (folder / f"a-3{suffix}").write_bytes(b"precious")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stream, "run", appear)
+    with pytest.raises(wavg.OutputExistsError, match="a-3"):
+        wavg.average_checkpoints(
+            f"{folder}/model_*{suffix}", folder / f"a-{{last}}{suffix}", last=[2, 3]
+        )
+    assert [path.name for path in folder.glob("a-*")] == [f"a-3{suffix}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": 2.0}, "whole number"),
+        ({"weights": 5}, "list of numbers"),
+        ({"weights": wavg.exponential}, "call it"),
+    ],
+)
+def test_what_makes_no_sense_is_told(run, options, message):
+    folder, suffix = run
+    with pytest.raises((wavg.WeightError, TypeError), match=message):
+        wavg.average_checkpoints(f"{folder}/model_*{suffix}", **options)

@@ -14,13 +14,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <fenv.h>
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-#if FLT_EVAL_METHOD != 0
+#if FLT_EVAL_METHOD != 0 || defined(__FAST_MATH__)
 #error "float64 arithmetic has to be exactly that"
 #endif
 
@@ -140,7 +140,7 @@ VECTORISED static int divide(double *restrict low, double *restrict high,
         double quotient = low[j] / total;
         double least = LARGER(smallest[j], SMALLEST_NORMAL);
         double reach = error * largest[j] + 0x1p-1000;
-        int exact = largest[j] * window <= least;
+        int exact = (largest[j] == 0.0) | (largest[j] * window <= least);
         low[j] = exact ? quotient : quotient - reach;
         high[j] = exact ? quotient : quotient + reach;
         known &= exact;
@@ -220,16 +220,19 @@ struct job {
 /* The extreme magnitudes of each column of a tile; 0 if one of them is not finite. */
 static int extremes(const struct job *job, const char *tile, double *high, double *low, int n)
 {
-    uint32_t largest[TILE], smallest[TILE]; /* of the source's width */
-    memset(largest, 0, sizeof largest);
-    memset(smallest, 0xFF, sizeof smallest);
+    union {
+        uint32_t wide[TILE];
+        uint16_t narrow[TILE];
+    } largest, smallest; /* magnitudes in the source's bits */
+    memset(&largest, 0, sizeof largest);
+    memset(&smallest, 0xFF, sizeof smallest);
     Py_ssize_t row = job->columns * ITEMSIZE[job->source], input = 0;
     for (; input + 4 <= job->inputs; input += 4)
-        CALL(job->source, note4, (const void *)(tile + input * row), job->columns, (void *)largest,
-             (void *)smallest, n);
+        CALL(job->source, note4, (const void *)(tile + input * row), job->columns, (void *)&largest,
+             (void *)&smallest, n);
     for (; input < job->inputs; input++)
-        CALL(job->source, note1, (const void *)(tile + input * row), (void *)largest, (void *)smallest, n);
-    return CALL(job->source, span, (const void *)largest, (const void *)smallest, high, low, n);
+        CALL(job->source, note1, (const void *)(tile + input * row), (void *)&largest, (void *)&smallest, n);
+    return CALL(job->source, span, (const void *)&largest, (const void *)&smallest, high, low, n);
 }
 
 /* The weighted sums of one tile for one output. */
@@ -318,10 +321,15 @@ static PyObject *settle(PyObject *self, PyObject *args)
         goto done;
     }
     int finite;
+    fenv_t environment;
     Py_BEGIN_ALLOW_THREADS
+    /* Some libraries have the processor take subnormal numbers for zero. */
+    fegetenv(&environment);
+    fesetenv(FE_DFL_ENV);
     for (Py_ssize_t output = 0; output < job.outputs; output++)
         job.counts[output] = 0;
     finite = run(&job);
+    fesetenv(&environment);
     Py_END_ALLOW_THREADS
     result = PyBool_FromLong(finite);
 done:

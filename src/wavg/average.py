@@ -140,10 +140,10 @@ def _average_leaf(
     # Arrays that are not contiguous are copied.
     flat = [np.asarray(array, order="C").reshape(-1).view(component.numpy) for array in row]
     width = max(1024, _BLOCK_BYTES // (len(row) * component.itemsize))
-    block = np.empty((len(row), min(width, flat_out.size)), component.numpy)
+    block = np.empty(len(row) * min(width, flat_out.size), component.numpy)
     for start in range(0, flat_out.size, width):
         target = flat_out[None, start : start + width]
-        piece = block[:, : target.shape[1]]
+        piece = block[: len(row) * target.size].reshape(len(row), target.size)
         for buffer, source in zip(piece, flat, strict=True):
             buffer[...] = source[start : start + width]
         try:

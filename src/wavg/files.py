@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -188,7 +189,8 @@ def average_checkpoints(
         Threads; by default as many as there are cores for this process.
     executor
         Runs the workers in place of threads of its own: any `concurrent.futures.Executor`. Each
-        process of a pool has the memory of a worker, and what it makes comes back to this one.
+        process of a pool has the memory of a worker besides what it makes of some 32 MiB, and
+        that comes back to this one: `max_memory` does not bound it.
     progress
         Show a progress bar on standard error if that is a terminal.
 
@@ -270,7 +272,7 @@ def _write(
     executor: Executor | None,
     tick: Callable[[int], object] | None,
 ) -> list[tuple[str, ...]]:
-    """Carry plans out into files; each appears when all are complete."""
+    """Carry plans out into files; they appear, one after the other, when all are on the disk."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in targets]
         templates, sinks = [], []
@@ -284,6 +286,9 @@ def _write(
                 with file.failures():
                     template.finish(file.descriptor)
         _verify(checkpoints)
+        for path, file in zip(targets, files, strict=True):
+            file.sync()
+            refuse_existing(path, overwrite)
         for file in files:
             file.commit()
     return differing
@@ -504,8 +509,12 @@ class _Grid:
         weights: schedules.WeightsLike | Sequence[schedules.WeightsLike],
         last: int | Sequence[int] | None,
     ) -> _Grid:
-        many = not (last is None or isinstance(last, (int, np.integer)))
-        lasts = tuple(last) if isinstance(last, Iterable) else (last,)
+        many = isinstance(last, Iterable) and np.ndim(last) > 0
+        given: tuple[Any, ...] = tuple(last) if isinstance(last, Iterable) and many else (last,)
+        try:
+            lasts = tuple(None if n is None else operator.index(n) for n in given)
+        except TypeError:
+            raise WeightError(f"last must be a whole number, not {last!r}") from None
         if schedules.is_several(weights):
             rules, many = tuple(map(schedules.resolve, weights)), True
         else:

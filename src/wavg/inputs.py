@@ -152,7 +152,10 @@ def _numbered(path: str) -> bool:
 def _without_output(paths: list[str], output: str | None) -> list[str]:
     if output is None:
         return paths
-    others = [path for path in paths if os.path.realpath(path) != os.path.realpath(output)]
+    # An output's name may have fields: whatever they stand for, it is an output of such a run.
+    fixed = re.split(r"\{(?:weights|last)\}", os.path.realpath(output))
+    pattern = re.compile("[^/]*".join(map(re.escape, fixed)))
+    others = [path for path in paths if not pattern.fullmatch(os.path.realpath(path))]
     if len(others) == len(paths):
         return paths
     if others and all(map(_numbered, others)) and not _numbered(output):

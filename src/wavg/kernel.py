@@ -16,8 +16,8 @@ could not settle:
    formats that the compiled one lacks and where no C compiler was at hand. As the result is
    defined, they cannot differ in a byte.
 2. float64 for those, where it is known to hold every partial sum of these very numbers exactly, as
-   it nearly always is for whole-number weights. This settles exact ties. float16 starts here, for
-   its sums are always exact.
+   it nearly always is for whole-number weights. This settles exact ties. In NumPy float16 starts
+   here, for its sums are always exact.
 3. Double-double, and then whole numbers of any length (`wavg.exact`).
 
 Step 2 rounds a quotient ``S / T`` to float64 and then to at most 24 bits, twice. That is harmless
@@ -251,7 +251,11 @@ class Combiner:
         self._least = (inputs + 6) * float(np.finfo(self._start).smallest_subnormal)
         self._range = float(np.finfo(self._start).max) / 4
         self._overflows = source != target or bool((combination.matrix < 0).any())
-        self._compiled = _is_compiled(source, target) and all(combination.tame)
+        self._compiled = (
+            _is_compiled(source, target)
+            and all(combination.tame)
+            and bool(((combination.matrix != 0) == (np.array(combination.integers) != 0)).all())
+        )
         if self._compiled:
             self._compile()
 
@@ -265,7 +269,7 @@ class Combiner:
             Attributes: ``input`` (the row, None for a result), ``index`` (the column), ``value``.
         """
         with np.errstate(all="ignore"):
-            if self._compiled and block.flags.c_contiguous and outs.flags.c_contiguous:
+            if self._compiled and block.flags.c_contiguous and outs.flags.carray:
                 self._combine_compiled(block, outs)
                 return
             for start in range(0, block.shape[1], self._span):
@@ -524,7 +528,7 @@ def combine(
     Notes
     -----
     Every element is the exact weighted mean rounded once to nearest even; an exact zero is -0 where
-    every term is -0, else +0. Scratch memory is that of `scratch_bytes`, whatever B is.
+    every term is -0, else +0. Scratch memory is that of `scratch_bytes`.
 
     Examples
     --------
@@ -551,7 +555,7 @@ def accumulate(total: F64, array: Array, *, keep: float = 1.0, add: float = 1.0)
 
 def _entry(array: Array) -> DType:
     entry = dtype_of(array.dtype)
-    if entry is None or entry.kind != "float":
+    if entry is None or entry.kind != "float" or not array.dtype.isnative:
         raise WavgError(f"dtype {array.dtype} cannot be averaged")
     return entry
 

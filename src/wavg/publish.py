@@ -95,9 +95,11 @@ class AtomicFile:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.temporary)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary)  # first: what follows may have to wait for the disk
+        finally:
+            self._close()
 
     @property
     def descriptor(self) -> int:
@@ -132,7 +134,8 @@ class AtomicFile:
                 self._sync.result()
             if self._syncer is None:
                 self._syncer = ThreadPoolExecutor(1, thread_name_prefix="wavg-sync")
-            self._sync = self._syncer.submit(_sync_data, self._descriptor)
+            with contextlib.suppress(RuntimeError):  # no thread to be had: then at the end
+                self._sync = self._syncer.submit(_sync_data, self._descriptor)
 
     def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
         """Copy bytes of another open file to an offset of this one."""
@@ -144,12 +147,17 @@ class AtomicFile:
                 self.write(data, offset)
                 start, offset, length = start + len(data), offset + len(data), length - len(data)
 
-    def commit(self) -> None:
-        """Make the file durable and let it appear under its name."""
+    def sync(self) -> None:
+        """Make the file durable, still under its temporary name."""
         with self.failures():
             if self._sync is not None:
                 self._sync.result()
             os.fsync(self._descriptor)
+
+    def commit(self) -> None:
+        """Make the file durable and let it appear under its name."""
+        self.sync()
+        with self.failures():
             if self._overwrite:
                 os.replace(self.temporary, self._destination)
             else:
@@ -200,11 +208,13 @@ class AtomicFile:
                         os.close(descriptor)
 
     def _close(self) -> None:
-        if self._syncer is not None:
-            self._syncer.shutdown()  # before its file goes
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+        try:
+            if self._syncer is not None:
+                self._syncer.shutdown()  # before its file goes
+        finally:
+            if self._descriptor >= 0:
+                descriptor, self._descriptor = self._descriptor, -1
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:

@@ -66,7 +66,7 @@ def run(
     StructureMismatchError
         Integers differ, and the plan's policy is to refuse that.
     """
-    plan = plans[0]  # in what follows they are alike
+    plan = plans[0]  # alike in all but their inputs and weights
     job = _Job(plans, checkpoints, sinks)
     newest: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
@@ -75,7 +75,9 @@ def run(
             executor = stack.enter_context(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
-        for outcome in _submit_all(executor, job, _chunks(plan, sinks), plan.workers):
+        for outcome in _submit_all(
+            executor, job, _chunks(plan, len(checkpoints), sinks), plan.workers
+        ):
             for sink, writes in zip(sinks, outcome.writes, strict=False):
                 for write in writes:
                     sink.write(*write)
@@ -126,7 +128,7 @@ class _Outcome(NamedTuple):
     writes: tuple[list[_Write], ...] = ()
 
 
-def _chunks(plan: Plan, sinks: Sequence[Sink]) -> Iterator[list[_Average | _Carry]]:
+def _chunks(plan: Plan, inputs: int, sinks: Sequence[Sink]) -> Iterator[list[_Average | _Carry]]:
     """Group the work so that a submission is worth its cost, and neighbours stay together."""
     chunk: list[_Average | _Carry] = []
     size = 0
@@ -136,7 +138,7 @@ def _chunks(plan: Plan, sinks: Sequence[Sink]) -> Iterator[list[_Average | _Carr
     for task in tasks:
         chunk.append(task)
         spec = task.run.sources[0] if isinstance(task, _Average) else task.decision.spec
-        size += (task.stop - task.start) * max(1, spec.entry.itemsize) * len(plan.inputs)
+        size += (task.stop - task.start) * max(1, spec.entry.itemsize) * inputs
         if size >= _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -220,7 +222,8 @@ class _Job:
     def __reduce__(self) -> tuple[Any, ...]:
         names = [decision.spec.name for decision in self._plans[0].decisions]
         wanted = [frozenset(filter(sink.wants, names)) for sink in self._sinks]
-        return _Elsewhere, (self._plans, self._checkpoints, wanted)
+        opening = [checkpoint.__reduce__()[1] for checkpoint in self._checkpoints]
+        return _Elsewhere, (self._plans, opening, wanted)
 
     def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
         """Do a chunk; ends early once `stop` is set."""
@@ -342,20 +345,19 @@ class _Elsewhere:
     def __init__(
         self,
         plans: Sequence[Plan],
-        checkpoints: Sequence[Checkpoint],
+        opening: Sequence[tuple[Any, ...]],
         wanted: Sequence[frozenset[str]],
     ) -> None:
-        self._plans, self._checkpoints = plans, checkpoints
-        self._sinks = [_Parcel(names) for names in wanted]
+        self._plans, self._opening, self._wanted = plans, opening, wanted
 
     def __call__(self, chunk: Sequence[_Average | _Carry]) -> _Outcome:
-        """Do a chunk; the inputs, opened anew for it, are closed."""
+        """Do a chunk with the inputs opened for it."""
+        sinks = [_Parcel(names) for names in self._wanted]
         with contextlib.ExitStack() as stack:
-            for checkpoint in self._checkpoints:
-                stack.enter_context(checkpoint)
+            checkpoints = [stack.enter_context(Checkpoint(*parts)) for parts in self._opening]
             stack.enter_context(_single_blas_thread())
-            outcome = _Job(self._plans, self._checkpoints, self._sinks)(chunk)
-        return outcome._replace(writes=tuple(sink.writes for sink in self._sinks))
+            outcome = _Job(self._plans, checkpoints, sinks)(chunk)
+        return outcome._replace(writes=tuple(sink.writes for sink in sinks))
 
 
 class _Parcel:

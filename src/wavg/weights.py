@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
@@ -242,7 +242,7 @@ def is_several(weights: WeightsLike | Sequence[WeightsLike]) -> TypeIs[Sequence[
     >>> is_several([[1, 2], [1, 3]])
     True
     """
-    if isinstance(weights, (str, Schedule)):
+    if isinstance(weights, (str, Schedule)) or not isinstance(weights, Iterable):
         return False
     return any(isinstance(item, (str, Schedule)) or np.ndim(item) > 0 for item in weights)
 
