@@ -469,3 +469,24 @@ def test_a_name_that_is_also_a_group_is_refused(tmp_path):
     with pytest.raises(wavg.OutputError, match="cannot hold 'a/b/c' beside"):
         wavg.save(tmp_path / "m.h5", {"a/b": np.ones(2), "a/b/c": np.ones(2)})
     assert not list(tmp_path.iterdir())
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"a":{ENTRY},"a":{ENTRY}}}',
+        f'{{"a":{{}},"a":{ENTRY}}}',
+        f'{{"a":5,"a":{ENTRY}}}',
+        f'{{"a":{ENTRY.replace("dtype", "d" + chr(92) + "u0074ype")},"a":{ENTRY}}}',
+        f'{{"__metadata__":{{"k":"1","k":"2"}},"a":{ENTRY}}}',
+        f'{{"a":{ENTRY.replace("[1]", "[1]" + chr(44) + chr(34) + "shape" + chr(34) + ":[1]")}}}',
+    ],
+)
+def test_no_two_equal_names_of_a_safetensors_header_pass(tmp_path, header):
+    text = header.encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointFormatError, match="appears twice"):
+        wavg.load(tmp_path / "m.safetensors")

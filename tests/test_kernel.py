@@ -79,8 +79,11 @@ def test_any_bits_round_once_into_another_dtype(source, target, data, inputs):
 def test_a_value_that_is_not_finite_in_a_late_tile_leaves_the_others_exact():
     rng = np.random.default_rng(1)
     block = rng.standard_normal((5, 5000)).astype(np.float32)
+    usual = mean([1, 2, 3, 4, 5], block)
     block[3, 4999] = np.inf
-    assert_exact([1, 2, 3, 4, 5], block)
+    result = mean([1, 2, 3, 4, 5], block, allow_nonfinite=True)
+    assert result[:-1].tobytes() == usual[:-1].tobytes()
+    assert result[-1] == np.inf
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1], [0.3, 0.3, 0.1], [1, -2, 4]])
