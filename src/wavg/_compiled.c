@@ -18,6 +18,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if FLT_EVAL_METHOD != 0 || defined(__FAST_MATH__)
@@ -70,6 +71,7 @@ static const double FACTOR[] = {1.0, 1.0, 0x1p-112};
  * note_*: the largest magnitude of each column, and the smallest less one, which makes 0 the largest
  * of all: it ends no window. Magnitudes are ordered as their bits are.
  * add_*: the weighted sums.
+ * widen_*: a row in float64, for several outputs.
  * span_*: largest and smallest as numbers (times the format's factor); whether all are finite. */
 #define SOURCE(name, type, magnitude_bits, infinity, WIDEN)                                       \
     VECTORISED static void note4_##name(const type *restrict row, Py_ssize_t stride,              \
@@ -112,6 +114,11 @@ static const double FACTOR[] = {1.0, 1.0, 0x1p-112};
         for (int j = 0; j < n; j++)                                                               \
             sum[j] += weight * WIDEN(row[j]);                                                     \
     }                                                                                             \
+    VECTORISED static void widen_##name(const type *restrict row, double *restrict x, int n)      \
+    {                                                                                             \
+        for (int j = 0; j < n; j++)                                                               \
+            x[j] = WIDEN(row[j]);                                                                 \
+    }                                                                                             \
     VECTORISED static int span_##name(const type *restrict largest, const type *restrict smallest,\
                                       double *restrict high, double *restrict low, int n)         \
     {                                                                                             \
@@ -128,6 +135,20 @@ static const double FACTOR[] = {1.0, 1.0, 0x1p-112};
 SOURCE(float32, uint32_t, 0x7FFFFFFFu, 0x7F800000u, WIDEN_FLOAT32)
 SOURCE(bfloat16, uint16_t, 0x7FFFu, 0x7F80u, WIDEN_BFLOAT16)
 SOURCE(float16, uint16_t, 0x7FFFu, 0x7C00u, WIDEN_FLOAT16)
+
+VECTORISED static void add4(double *restrict sum, const double *weights,
+                            const double (*restrict x)[TILE], int n)
+{
+    const double w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
+    for (int j = 0; j < n; j++)
+        sum[j] = sum[j] + w0 * x[0][j] + w1 * x[1][j] + w2 * x[2][j] + w3 * x[3][j];
+}
+
+VECTORISED static void add1(double *restrict sum, double weight, const double *restrict x, int n)
+{
+    for (int j = 0; j < n; j++)
+        sum[j] += weight * x[j];
+}
 
 /* Turn sums into the two ends of an interval round the exact mean; one number where it is known.
  * Return whether it is known in every column. */
@@ -256,19 +277,47 @@ static void weigh(const struct job *job, const char *tile, const double *weights
     }
 }
 
-/* Return 1, or 0 if a number of the block is not finite: then nothing written counts. */
-static int run(const struct job *job)
+/* The weighted sums of one tile for all outputs, each TILE long; every input is widened once. */
+static void weigh_all(const struct job *job, const char *tile, double *sums, int n)
 {
-    double largest[TILE], smallest[TILE], low[TILE], high[TILE];
+    double x[4][TILE];
+    Py_ssize_t row = job->columns * ITEMSIZE[job->source];
+    for (Py_ssize_t place = 0; place < job->outputs * TILE; place++)
+        sums[place] = -0.0;
+    for (Py_ssize_t input = 0; input < job->inputs; input += 4) {
+        int taken = (int)SMALLER(job->inputs - input, (Py_ssize_t)4);
+        for (int i = 0; i < taken; i++)
+            CALL(job->source, widen, (const void *)(tile + (input + i) * row), x[i], n);
+        for (Py_ssize_t output = 0; output < job->outputs; output++) {
+            const double *w = job->matrix + output * job->inputs + input;
+            double *sum = sums + output * TILE;
+            if (taken == 4 && w[0] != 0.0 && w[1] != 0.0 && w[2] != 0.0 && w[3] != 0.0)
+                add4(sum, w, (const double (*)[TILE])x, n);
+            else
+                for (int i = 0; i < taken; i++)
+                    if (w[i] != 0.0)
+                        add1(sum, w[i], x[i], n);
+        }
+    }
+}
+
+/* Return 1, or 0 if a number of the block is not finite: then nothing written counts. */
+static int run(const struct job *job, double *sums)
+{
+    double largest[TILE], smallest[TILE], high[TILE];
     const double factor = FACTOR[job->source];
     for (Py_ssize_t first = 0; first < job->columns; first += TILE) {
         int n = (int)SMALLER(job->columns - first, (Py_ssize_t)TILE);
         const char *tile = job->block + first * ITEMSIZE[job->source];
         if (!extremes(job, tile, largest, smallest, n))
             return 0;
+        if (job->outputs == 1)
+            weigh(job, tile, job->matrix, sums, n);
+        else
+            weigh_all(job, tile, sums, n);
         for (Py_ssize_t output = 0; output < job->outputs; output++) {
             const double *row = job->rows + 3 * output;
-            weigh(job, tile, job->matrix + output * job->inputs, low, n);
+            double *low = sums + output * TILE;
             Py_ssize_t place = output * job->columns + first;
             void *out = job->outs + place * ITEMSIZE[job->target];
             if (divide(low, high, largest, smallest, row[0] * factor, row[1], row[2] / factor, n)) {
@@ -302,6 +351,7 @@ static PyObject *settle(PyObject *self, PyObject *args)
                           &source, &target))
         return NULL;
     PyObject *result = NULL;
+    double *sums = NULL;
     struct job job = {buffers[BLOCK].buf, buffers[OUTS].buf, buffers[FLAGS].buf,
                       buffers[COUNTS].buf, buffers[MATRIX].buf, buffers[ROWS].buf,
                       0, 0, 0, (enum format)source, (enum format)target};
@@ -320,6 +370,11 @@ static PyObject *settle(PyObject *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not fit together");
         goto done;
     }
+    sums = malloc((size_t)job.outputs * TILE * sizeof *sums);
+    if (sums == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
     int finite;
     fenv_t environment;
     Py_BEGIN_ALLOW_THREADS
@@ -328,11 +383,12 @@ static PyObject *settle(PyObject *self, PyObject *args)
     fesetenv(FE_DFL_ENV);
     for (Py_ssize_t output = 0; output < job.outputs; output++)
         job.counts[output] = 0;
-    finite = run(&job);
+    finite = run(&job, sums);
     fesetenv(&environment);
     Py_END_ALLOW_THREADS
     result = PyBool_FromLong(finite);
 done:
+    free(sums);
     for (int i = 0; i < BUFFERS; i++)
         PyBuffer_Release(&buffers[i]);
     return result;

@@ -178,7 +178,7 @@ def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
     block *= 2  # a complex number is two
     if _is_compiled(source, target):
-        width, first_step = block, outputs * block
+        width, first_step = block, outputs * (block + (1 << 13))  # flags, and a tile's sums
     else:
         width = min(span(inputs, outputs, target), block)
         tile = min(_tile_width(inputs, outputs), width)
