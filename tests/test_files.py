@@ -12,7 +12,7 @@ import pytest
 
 import wavg
 from contract import read_bytes
-from wavg import stream
+from wavg import kernel, stream
 from wavg.checkpoint import Checkpoint
 
 
@@ -223,19 +223,49 @@ def test_the_plan_is_made_without_reading_a_tensor(run, tmp_path, monkeypatch):
     assert not (tmp_path / "avg.safetensors").exists()
 
 
-def test_the_bytes_a_run_reads_are_those_of_its_plan(run, tmp_path, monkeypatch):
-    read = []
-    original = Checkpoint.read
+@pytest.fixture(params=["compiled", "numpy"])
+def reads(request, monkeypatch):
+    """Bytes of each read of tensors, with both forms of the kernel's first step."""
+    if request.param == "numpy":
+        monkeypatch.setattr(kernel, "_compiled", None)
+    elif not kernel.COMPILED:
+        pytest.skip("there is no compiled step")
+    sizes = []
+    read, from_files = Checkpoint.read, kernel.Combiner.from_files
 
     def counting(self, spec, start, out):
-        read.append(out.nbytes)
-        original(self, spec, start, out)
+        sizes.append(out.nbytes)
+        read(self, spec, start, out)
+
+    def counting_rows(self, descriptors, offsets, outs):
+        sizes.extend(self._source.itemsize * outs.shape[1] for _ in descriptors)
+        from_files(self, descriptors, offsets, outs)
 
     monkeypatch.setattr(Checkpoint, "read", counting)
+    monkeypatch.setattr(kernel.Combiner, "from_files", counting_rows)
+    return sizes
+
+
+def test_the_bytes_a_run_reads_are_those_of_its_plan(run, reads, tmp_path):
     report = wavg.average_checkpoints(
         run(*kernels(np.ones(5000), np.ones(5000), count=np.array(1))), tmp_path / "avg.npz"
     )
-    assert sum(read) == report.plan.bytes_read
+    assert sum(reads) == report.plan.bytes_read
+
+
+def test_a_file_that_ends_early_is_named(run, reads, tmp_path, monkeypatch):
+    glob = run(*kernels(np.ones(5000), np.ones(5000), np.ones(5000)))
+    victim = tmp_path / "model_2.safetensors"
+    original = stream.run
+
+    def truncating(*arguments, **options):
+        os.truncate(victim, os.path.getsize(victim) - 4)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stream, "run", truncating)
+    with pytest.raises(wavg.CheckpointFormatError, match="model_2.* ends within w"):
+        wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
+    assert not [name for name in os.listdir(tmp_path) if "avg" in name]
 
 
 @pytest.mark.parametrize("change", ["touch", "truncate", "replace", "remove"])
@@ -268,7 +298,8 @@ def test_ctrl_c_leaves_nothing_behind(run, tmp_path):
 
     glob = run(*kernels(np.ones(5000), np.ones(5000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wavg.stream.Combiner.__call__", lambda *_: interrupt(0))
+        patch.setattr(stream.Combiner, "__call__", lambda *_: interrupt(0))
+        patch.setattr(stream.Combiner, "from_files", lambda *_: interrupt(0))
         with pytest.raises(KeyboardInterrupt):
             wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert not [name for name in os.listdir(tmp_path) if "avg" in name]
@@ -316,18 +347,12 @@ def test_a_closed_checkpoint_has_closed_its_files(run, tmp_path):
     assert len(after) == len(before)
 
 
-def test_tensors_side_by_side_are_read_as_one_and_named_alone(run, tmp_path, monkeypatch):
+def test_tensors_side_by_side_are_read_as_one_and_named_alone(run, reads, tmp_path):
     models = [
         {f"t{i:03}": np.full(10, i * step, np.float32) for i in range(300)} for step in (1, 3)
     ]
-    reads = []
-    original = Checkpoint.read
     glob = run(*models)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Checkpoint, "read", lambda self, *rest: (reads.append(rest), original(self, *rest))[1]
-        )
-        wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
+    wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert len(reads) == 2  # one an input
     result = wavg.load(tmp_path / "avg.safetensors")
     assert all((array == 2 * i).all() for i, array in enumerate(result.values()))

@@ -310,3 +310,47 @@ def test_huge_numbers_and_weights_that_nearly_cancel_are_exact():
     assert_exact([1, 2, 3], block)
     half = rng.standard_normal((3, 100)).astype(np.float16)
     assert_exact([1.0, -1.0, 2.0**-1000], half)
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
+    monkeypatch, tmp_path, source, target
+):
+    """In portions that do not divide the columns; with zeros, and columns that are left over."""
+    if kernel._compiled is None:
+        pytest.skip("it is the compiled step that reads")
+    monkeypatch.setattr(kernel, "_SHORTEST", 1)
+    monkeypatch.setattr(kernel, "_PORTION", 5 * 1500 * 4)
+    rng = np.random.default_rng(1)
+    block = rng.standard_normal((5, 4099)).astype(lookup(source).numpy)
+    block[:, 2000:2100] = 0
+    block[:, 3333] = block[0, 3333]
+    weights = [[1, 1, 1, 1, 1], [0.1, 0.2, 0.3, 0.05, 0.7], [1, -1, 1e-300, 0, 0], [2, 0, 0, 0, 1]]
+    formats = lookup(source), lookup(target)
+    combiner = kernel.Combiner(Combination.of(weights), *formats, allow_nonfinite=True)
+    expected = np.empty((4, 4099), lookup(target).numpy)
+    found = np.empty_like(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "_compiled", None)
+        combine(Combination.of(weights), block, expected, allow_nonfinite=True)
+    with open(tmp_path / "rows", "w+b") as file:
+        file.write(b"head" + block.tobytes())
+        file.flush()
+        offsets = 4 + np.arange(5, dtype=np.int64) * block[0].nbytes
+        descriptors = np.full(5, file.fileno(), np.intc)
+        combiner.from_files(descriptors, offsets, found)
+        assert found.tobytes() == expected.tobytes()
+        with pytest.raises(EOFError) as caught:
+            combiner.from_files(descriptors, offsets + block[0].nbytes, found)
+        assert caught.value.args == (4,)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            combiner.from_files(descriptors * 0 + 9999, offsets, found)
+        block[3, 3000] = np.inf
+        file.seek(4)
+        file.write(block.tobytes())
+        file.flush()
+        strict = kernel.Combiner(Combination.of(weights[0]), *formats)
+        with pytest.raises(NonFiniteError) as refused:
+            strict.from_files(descriptors, offsets, found[:1])
+        assert (refused.value.input, refused.value.index) == (3, 3000)

@@ -14,12 +14,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <errno.h>
 #include <fenv.h>
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if FLT_EVAL_METHOD != 0 || defined(__FAST_MATH__)
 #error "float64 arithmetic has to be exactly that"
@@ -223,9 +225,9 @@ TARGET(bfloat16, uint16_t, BFLOAT16_OF)
 TARGET(float16, uint16_t, FLOAT16_OF)
 
 struct job {
-    const char *block;    /* inputs x columns, of `source` */
+    char *block;          /* inputs x portion, of `source` */
     char *outs;           /* outputs x columns, of `target` */
-    uint8_t *flags;       /* outputs x columns */
+    uint8_t *flags;       /* outputs x portion */
     int64_t *counts;      /* outputs: flags that are set */
     const double *matrix; /* outputs x inputs */
     const double *rows;   /* outputs x (total, window, error) */
@@ -238,8 +240,11 @@ struct job {
      : (format) == BFLOAT16 ? function##_bfloat16(__VA_ARGS__)                                    \
                             : function##_float16(__VA_ARGS__))
 
+/* In what follows a tile is n columns of a portion's rows, which are `stride` numbers apart. */
+
 /* The extreme magnitudes of each column of a tile; 0 if one of them is not finite. */
-static int extremes(const struct job *job, const char *tile, double *high, double *low, int n)
+static int extremes(const struct job *job, const char *tile, Py_ssize_t stride, double *high,
+                    double *low, int n)
 {
     union {
         uint32_t wide[TILE];
@@ -247,27 +252,27 @@ static int extremes(const struct job *job, const char *tile, double *high, doubl
     } largest, smallest; /* magnitudes in the source's bits */
     memset(&largest, 0, sizeof largest);
     memset(&smallest, 0xFF, sizeof smallest);
-    Py_ssize_t row = job->columns * ITEMSIZE[job->source], input = 0;
+    Py_ssize_t row = stride * ITEMSIZE[job->source], input = 0;
     for (; input + 4 <= job->inputs; input += 4)
-        CALL(job->source, note4, (const void *)(tile + input * row), job->columns, (void *)&largest,
+        CALL(job->source, note4, (const void *)(tile + input * row), stride, (void *)&largest,
              (void *)&smallest, n);
     for (; input < job->inputs; input++)
-        CALL(job->source, note1, (const void *)(tile + input * row), (void *)&largest, (void *)&smallest, n);
+        CALL(job->source, note1, (const void *)(tile + input * row), (void *)&largest,
+             (void *)&smallest, n);
     return CALL(job->source, span, (const void *)&largest, (const void *)&smallest, high, low, n);
 }
 
 /* The weighted sums of one tile for one output. */
-static void weigh(const struct job *job, const char *tile, const double *weights, double *sum,
-                  int n)
+static void weigh(const struct job *job, const char *tile, Py_ssize_t stride, double *sum, int n)
 {
-    Py_ssize_t row = job->columns * ITEMSIZE[job->source], input = 0;
+    Py_ssize_t row = stride * ITEMSIZE[job->source], input = 0;
     for (int j = 0; j < n; j++)
         sum[j] = -0.0; /* what leaves every term's sign as it is */
     while (input < job->inputs) {
-        const double *w = weights + input;
+        const double *w = job->matrix + input;
         const void *numbers = tile + input * row;
         if (input + 4 <= job->inputs && w[0] != 0.0 && w[1] != 0.0 && w[2] != 0.0 && w[3] != 0.0) {
-            CALL(job->source, add4, sum, w, numbers, job->columns, n);
+            CALL(job->source, add4, sum, w, numbers, stride, n);
             input += 4;
         } else {
             if (*w != 0.0) /* else it is no term: 0 times -1 would be -0 */
@@ -278,10 +283,11 @@ static void weigh(const struct job *job, const char *tile, const double *weights
 }
 
 /* The weighted sums of one tile for all outputs, each TILE long; every input is widened once. */
-static void weigh_all(const struct job *job, const char *tile, double *sums, int n)
+static void weigh_all(const struct job *job, const char *tile, Py_ssize_t stride, double *sums,
+                      int n)
 {
     double x[4][TILE];
-    Py_ssize_t row = job->columns * ITEMSIZE[job->source];
+    Py_ssize_t row = stride * ITEMSIZE[job->source];
     for (Py_ssize_t place = 0; place < job->outputs * TILE; place++)
         sums[place] = -0.0;
     for (Py_ssize_t input = 0; input < job->inputs; input += 4) {
@@ -301,54 +307,85 @@ static void weigh_all(const struct job *job, const char *tile, double *sums, int
     }
 }
 
-/* Return 1, or 0 if a number of the block is not finite: then nothing written counts. */
-static int run(const struct job *job, double *sums)
+/* Settle a portion: `width` columns, whose results begin at column `first` of the outputs.
+ * Return 1, or 0 if a number is not finite: then nothing written counts. */
+static int settle_portion(const struct job *job, double *sums, Py_ssize_t first, Py_ssize_t width)
 {
     double largest[TILE], smallest[TILE], high[TILE];
     const double factor = FACTOR[job->source];
-    for (Py_ssize_t first = 0; first < job->columns; first += TILE) {
-        int n = (int)SMALLER(job->columns - first, (Py_ssize_t)TILE);
-        const char *tile = job->block + first * ITEMSIZE[job->source];
-        if (!extremes(job, tile, largest, smallest, n))
+    for (Py_ssize_t begin = 0; begin < width; begin += TILE) {
+        int n = (int)SMALLER(width - begin, (Py_ssize_t)TILE);
+        const char *tile = job->block + begin * ITEMSIZE[job->source];
+        if (!extremes(job, tile, width, largest, smallest, n))
             return 0;
         if (job->outputs == 1)
-            weigh(job, tile, job->matrix, sums, n);
+            weigh(job, tile, width, sums, n);
         else
-            weigh_all(job, tile, sums, n);
+            weigh_all(job, tile, width, sums, n);
         for (Py_ssize_t output = 0; output < job->outputs; output++) {
             const double *row = job->rows + 3 * output;
             double *low = sums + output * TILE;
-            Py_ssize_t place = output * job->columns + first;
-            void *out = job->outs + place * ITEMSIZE[job->target];
+            uint8_t *flags = job->flags + output * width + begin;
+            void *out = job->outs +
+                        (output * job->columns + first + begin) * ITEMSIZE[job->target];
             if (divide(low, high, largest, smallest, row[0] * factor, row[1], row[2] / factor, n)) {
                 CALL(job->target, round, low, out, n);
-                memset(job->flags + place, 0, (size_t)n);
+                memset(flags, 0, (size_t)n);
             } else
-                job->counts[output] +=
-                    CALL(job->target, bracket, low, high, out, job->flags + place, n);
+                job->counts[output] += CALL(job->target, bracket, low, high, out, flags, n);
         }
     }
     return 1;
 }
 
+enum outcome { SETTLED, LEFT_OVER, NOT_FINITE, READ_FAILED, FILE_ENDED };
+
+/* Read a portion's rows, one behind the other; `input` tells of a failure which one it was. */
+static enum outcome fill(const struct job *job, const int *descriptors, const int64_t *offsets,
+                         Py_ssize_t first, Py_ssize_t width, Py_ssize_t *input)
+{
+    const size_t size = (size_t)(width * ITEMSIZE[job->source]);
+    for (*input = 0; *input < job->inputs; ++*input) {
+        char *row = job->block + (size_t)*input * size;
+        off_t offset = (off_t)(offsets[*input] + first * ITEMSIZE[job->source]);
+        for (size_t done = 0; done < size;) {
+            ssize_t count = pread(descriptors[*input], row + done, size - done,
+                                  offset + (off_t)done);
+            if (count > 0)
+                done += (size_t)count;
+            else if (count == 0)
+                return FILE_ENDED;
+            else if (errno != EINTR)
+                return READ_FAILED;
+        }
+    }
+    return SETTLED;
+}
+
 PyDoc_STRVAR(settle_doc,
-"settle(block, outs, flags, counts, matrix, rows, source, target) -> bool\n\n"
-"Write means of the columns of a block; flag and count those that remain to be settled.\n\n"
-"All are contiguous buffers of bytes: block (K, B) of `source`, outs (R, B) of `target`, flags\n"
-"(R, B) bytes, counts (R,) int64, matrix (R, K) float64, rows (R, 3) float64: total, window and\n"
-"error. A window is infinite for weights that are not small whole numbers. Formats: 0 float32,\n"
-"1 bfloat16, 2 float16. False if a number of the block is not finite: outs hold nothing then.");
+"settle(block, outs, flags, counts, matrix, rows, source, target, start, descriptors, offsets)\n\n"
+"Write means of columns from `start` on, up to the first portion in which some remain.\n\n"
+"All are contiguous buffers of bytes: outs (R, B) of `target`, flags (R, P) bytes, counts (R,)\n"
+"int64, matrix (R, K) float64, rows (R, 3) float64: total, window and error. A window is infinite\n"
+"for weights that are not small whole numbers. Formats: 0 float32, 1 bfloat16, 2 float16.\n"
+"Without descriptors the block (K, P) of `source` holds the numbers, and P is B. With them, int32\n"
+"(K,), and the offsets of the columns in the files, int64 (K,), portions of up to P columns are\n"
+"read into it.\n\n"
+"Return (first, stop, finite): the block holds a portion, the columns from first to stop, packed,\n"
+"as do the flags; all columns before are done. Not finite: then the portion's outs hold nothing.\n"
+"Both are B when all is done. Raise EOFError with the input whose file ends before its numbers.");
 
 static PyObject *settle(PyObject *self, PyObject *args)
 {
-    enum { BLOCK, OUTS, FLAGS, COUNTS, MATRIX, ROWS, BUFFERS };
+    enum { BLOCK, OUTS, FLAGS, COUNTS, MATRIX, ROWS, DESCRIPTORS, OFFSETS, BUFFERS };
     Py_buffer buffers[BUFFERS];
+    Py_ssize_t first, stop;
     int source, target;
     (void)self;
     memset(buffers, 0, sizeof buffers);
-    if (!PyArg_ParseTuple(args, "y*w*w*w*y*y*ii:settle", &buffers[BLOCK], &buffers[OUTS],
+    if (!PyArg_ParseTuple(args, "y*w*w*w*y*y*iiny*y*:settle", &buffers[BLOCK], &buffers[OUTS],
                           &buffers[FLAGS], &buffers[COUNTS], &buffers[MATRIX], &buffers[ROWS],
-                          &source, &target))
+                          &source, &target, &first, &buffers[DESCRIPTORS], &buffers[OFFSETS]))
         return NULL;
     PyObject *result = NULL;
     double *sums = NULL;
@@ -361,12 +398,18 @@ static PyObject *settle(PyObject *self, PyObject *args)
         goto done;
     }
     job.inputs = buffers[MATRIX].len / 8 / job.outputs;
-    job.columns = buffers[FLAGS].len / job.outputs;
+    job.columns = buffers[OUTS].len / job.outputs / ITEMSIZE[target];
+    const Py_ssize_t portion = buffers[FLAGS].len / job.outputs;
+    const int reads = buffers[DESCRIPTORS].len > 0;
     if (buffers[MATRIX].len != job.outputs * job.inputs * 8 ||
         buffers[ROWS].len != job.outputs * 24 ||
-        buffers[FLAGS].len != job.outputs * job.columns ||
-        buffers[BLOCK].len != job.inputs * job.columns * ITEMSIZE[source] ||
-        buffers[OUTS].len != job.outputs * job.columns * ITEMSIZE[target]) {
+        buffers[FLAGS].len != job.outputs * portion ||
+        buffers[BLOCK].len != job.inputs * portion * ITEMSIZE[source] ||
+        (reads && buffers[BLOCK].readonly) ||
+        buffers[OUTS].len != job.outputs * job.columns * ITEMSIZE[target] ||
+        buffers[DESCRIPTORS].len != (reads ? job.inputs * (Py_ssize_t)sizeof(int) : 0) ||
+        buffers[OFFSETS].len != (reads ? job.inputs * 8 : 0) || first < 0 ||
+        (reads ? portion == 0 : portion != job.columns || first != 0)) {
         PyErr_SetString(PyExc_ValueError, "the buffers' sizes do not fit together");
         goto done;
     }
@@ -375,18 +418,37 @@ static PyObject *settle(PyObject *self, PyObject *args)
         PyErr_NoMemory();
         goto done;
     }
-    int finite;
+    enum outcome outcome = SETTLED;
+    Py_ssize_t input = 0;
     fenv_t environment;
     Py_BEGIN_ALLOW_THREADS
     /* Some libraries have the processor take subnormal numbers for zero. */
     fegetenv(&environment);
     fesetenv(FE_DFL_ENV);
-    for (Py_ssize_t output = 0; output < job.outputs; output++)
-        job.counts[output] = 0;
-    finite = run(&job, sums);
+    memset(job.counts, 0, (size_t)job.outputs * sizeof *job.counts);
+    for (stop = first; first < job.columns; first = stop) {
+        stop = SMALLER(first + portion, job.columns);
+        if (reads)
+            outcome = fill(&job, buffers[DESCRIPTORS].buf, buffers[OFFSETS].buf, first,
+                           stop - first, &input);
+        if (outcome == SETTLED && !settle_portion(&job, sums, first, stop - first))
+            outcome = NOT_FINITE;
+        for (Py_ssize_t output = 0; outcome == SETTLED && output < job.outputs; output++)
+            if (job.counts[output])
+                outcome = LEFT_OVER;
+        if (outcome != SETTLED)
+            break;
+    }
     fesetenv(&environment);
     Py_END_ALLOW_THREADS
-    result = PyBool_FromLong(finite);
+    if (outcome == READ_FAILED)
+        PyErr_SetFromErrno(PyExc_OSError);
+    else if (outcome == FILE_ENDED) {
+        PyObject *number = PyLong_FromSsize_t(input);
+        PyErr_SetObject(PyExc_EOFError, number);
+        Py_XDECREF(number);
+    } else
+        result = Py_BuildValue("nni", first, stop, outcome != NOT_FINITE);
 done:
     free(sums);
     for (int i = 0; i < BUFFERS; i++)

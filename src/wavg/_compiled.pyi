@@ -13,5 +13,8 @@ def settle(
     rows: _Bytes,
     source: int,
     target: int,
+    start: int,
+    descriptors: _Bytes,
+    offsets: _Bytes,
     /,
-) -> bool: ...
+) -> tuple[int, int, bool]: ...

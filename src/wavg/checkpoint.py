@@ -261,20 +261,27 @@ class Checkpoint(Mapping[str, LazyTensor]):
         CheckpointFormatError
             The file ends before the tensor does.
         """
-        if not self._descriptors:
-            raise ValueError(f"{self.path} is closed")
         if spec.extent is None:
             if self._block_reader is None:
                 raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
             self._block_reader.read(spec, start, out)
-            return
+        elif not read_exactly(*self.place(spec, start), out):
+            raise self.ends_within(spec)
+
+    def place(self, spec: TensorSpec, start: int) -> tuple[int, int]:
+        """Return descriptor and offset of a tensor's element `start`, for positional reading."""
+        if not self._descriptors:
+            raise ValueError(f"{self.path} is closed")
+        assert spec.extent is not None  # whoever asks has looked
         file, offset, _ = spec.extent
-        if not read_exactly(self._descriptors[file], out, offset + start * out.itemsize):
-            raise CheckpointFormatError(
-                f"{self.index.files[file].path}: the file ends within {spec.name}",
-                path=self.index.files[file].path,
-                tensor=spec.name,
-            )
+        return self._descriptors[file], offset + start * max(1, spec.entry.itemsize)
+
+    def ends_within(self, spec: TensorSpec) -> CheckpointFormatError:
+        """Return the error of a file that ends before a tensor does."""
+        path = self.index.files[spec.extent.file].path if spec.extent else self.path
+        return CheckpointFormatError(
+            f"{path}: the file ends within {spec.name}", path=path, tensor=spec.name
+        )
 
     def descriptor(self, file: int) -> int:
         """Return the open descriptor of one of the files, for copying from."""
@@ -312,7 +319,7 @@ def identify(path: str) -> FileIdentity:
     return _identity(path, status)
 
 
-def read_exactly(descriptor: int, out: Array, offset: int) -> bool:
+def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
     """Fill a contiguous array from a file's bytes at `offset`; False if the file ends before."""
     view = out.reshape(-1).view(np.uint8).data
     done = 0

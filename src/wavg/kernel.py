@@ -47,7 +47,16 @@ try:
 except ImportError:  # no compiler at hand when wavg was installed
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["COMPILED", "Combination", "Combiner", "accumulate", "combine", "scratch_bytes", "span"]
+__all__ = [
+    "COMPILED",
+    "Combination",
+    "Combiner",
+    "accumulate",
+    "combine",
+    "reads_files",
+    "scratch_bytes",
+    "span",
+]
 
 F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -59,6 +68,9 @@ _WIDEST_TILE = 1 << 16
 _WEIGHT_BITS = 28  # of whole-number weights' sum; more, and the theorem above no longer holds
 _FEW = 400  # numbers in so few columns are settled sooner one by one than all at once
 _DENSE = 8  # if more than one in so many columns is left over, it is sooner to do all of them
+_PORTION = 640 << 10  # bytes of all inputs that are read, and combined while in the nearest cache
+_SHORTEST = 8 << 10  # bytes that are worth a reading
+_NONE: Array = np.empty(0, np.uint8)
 _SETTLED = 1 << 13  # columns that steps 2 and 3 take at once, and
 _SETTLED_NUMBERS = 1 << 17  # numbers in these, if inputs are many
 
@@ -174,11 +186,21 @@ def _tile_width(inputs: int, outputs: int) -> int:
     return max(256, min(_WIDEST_TILE, _TILE_ELEMENTS // (inputs + 2 * outputs - 2)))
 
 
-def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block: int) -> int:
+def portion_of(inputs: int, source: DType) -> int:
+    """Return the columns that `Combiner.from_files` reads at once."""
+    return max(_SHORTEST, _PORTION // inputs) // source.itemsize
+
+
+def scratch_bytes(
+    inputs: int, outputs: int, source: DType, target: DType, block: int, *, from_files: bool = False
+) -> int:
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
     block *= 2  # a complex number is two
-    if _is_compiled(source, target):
-        width, first_step = block, outputs * (block + (1 << 13))  # flags, and a tile's sums
+    if reads_files(source, target):
+        width = min(block, portion_of(inputs, source)) if from_files else block
+        first_step = outputs * (width + (1 << 13))  # flags, and a tile's sums
+        if from_files:
+            first_step += inputs * portion_of(inputs, source) * source.itemsize
     else:
         width = min(span(inputs, outputs, target), block)
         tile = min(_tile_width(inputs, outputs), width)
@@ -189,7 +211,8 @@ def scratch_bytes(inputs: int, outputs: int, source: DType, target: DType, block
     return first_step + width * 8 // _DENSE + left_over + (1 << 18)
 
 
-def _is_compiled(source: DType, target: DType) -> bool:
+def reads_files(source: DType, target: DType) -> bool:
+    """Whether `Combiner.from_files` works for these formats: where step 1 is compiled for them."""
     formats = source.name in _COMPILED_FORMATS and target.name in _COMPILED_FORMATS
     return formats and _compiled is not None
 
@@ -251,11 +274,7 @@ class Combiner:
         self._least = (inputs + 6) * float(np.finfo(self._start).smallest_subnormal)
         self._range = float(np.finfo(self._start).max) / 4
         self._overflows = source != target or bool((combination.matrix < 0).any())
-        self._compiled = (
-            _is_compiled(source, target)
-            and all(combination.tame)
-            and bool(((combination.matrix != 0) == (np.array(combination.integers) != 0)).all())
-        )
+        self._compiled = reads_files(source, target)
         if self._compiled:
             self._compile()
 
@@ -276,41 +295,86 @@ class Combiner:
                 stop = min(block.shape[1], start + self._span)
                 self._combine(block[:, start:stop], outs[:, start:stop], start)
 
+    def from_files(self, descriptors: Array, offsets: Array, outs: Array) -> None:
+        """Do what a call does for a block whose rows lie in files; read it piece by piece.
+
+        What is read is still in the nearest cache when it is combined.
+
+        Parameters
+        ----------
+        descriptors
+            Of the open files, shape (K,), intc.
+        offsets
+            Of the first column, in bytes, shape (K,), int64.
+        outs
+            Shape (R, B), contiguous.
+
+        Raises
+        ------
+        NonFiniteError
+            As by a call.
+        EOFError
+            The file of the input that is its only argument ends too early.
+        """
+        inputs, portion = len(descriptors), portion_of(len(descriptors), self._source)
+        if self._block.shape != (inputs, portion):
+            self._block = np.empty((inputs, portion), self._source.numpy)
+        with np.errstate(all="ignore"):
+            self._combine_compiled(self._block, outs, descriptors, offsets)
+
     def _compile(self) -> None:
         """Put the combination into the form that the compiled step takes."""
-        rows = []
-        self._weights = self._combination.matrix.copy()
-        for index, bits in enumerate(self._combination.bits):
-            total, window = float(self._combination.totals[index]), math.inf
+        combination, rows = self._combination, []
+        self._block = np.empty((0, 0), self._source.numpy)
+        self._weights = combination.matrix.copy()
+        for index, bits in enumerate(combination.bits):
+            integers = combination.integers[index]
+            total, window = float(combination.totals[index]), math.inf
+            error = 1.01 * (len(integers) + 6) * 2.0**-53 * self._growth[index]
             if bits >= 0:  # small whole numbers: exact while no term is too small for the others
-                integers = self._combination.integers[index]
                 self._weights[index] = integers
                 total = float(sum(integers))
                 window = math.ldexp(sum(map(abs, integers)), self._source.precision - 52)
-            rows.append((total, window, 1.01 * (len(self._weights[index]) + 6) * 2.0**-53))
+            vanished = (combination.matrix[index] != 0) != (np.array(integers) != 0)
+            if not combination.tame[index] or vanished.any():  # it settles no more than zeros
+                self._weights[index] = np.sign(np.array(integers, dtype=object)).astype(np.float64)
+                total = 1.0
+                error = math.inf
+            rows.append((total, window, error))
         self._rows = np.array(rows)
-        self._rows[:, 2] *= self._growth
         self._counts = np.zeros(len(rows), np.int64)
 
-    def _combine_compiled(self, block: Array, outs: Array) -> None:
-        """Step 1 compiled, and what it leaves over."""
-        if self._left.shape != outs.shape:
-            self._left = np.empty(outs.shape, bool)
-        finite = _compiled.settle(
-            _bytes(block),
-            _bytes(outs),
-            _bytes(self._left),
-            _bytes(self._counts),
-            _bytes(self._weights),
-            _bytes(self._rows),
-            _COMPILED_FORMATS[self._source.name],
-            _COMPILED_FORMATS[self._target.name],
-        )
-        if finite:
-            for index, count in enumerate(self._counts.tolist()):
-                self._settle_flagged(index, count, self._left[index], block, outs[index])
-        else:
-            self._combine_nonfinite(block, outs, 0)
+    def _combine_compiled(
+        self, block: Array, outs: Array, descriptors: Array = _NONE, offsets: Array = _NONE
+    ) -> None:
+        """Step 1 compiled, and what it leaves over, portion by portion."""
+        outputs, columns = outs.shape
+        inputs, portion = block.shape
+        if self._left.shape != (outputs, portion):
+            self._left = np.empty((outputs, portion), bool)
+        stop = 0
+        while stop < columns:
+            first, stop, finite = _compiled.settle(
+                _bytes(block),
+                _bytes(outs),
+                _bytes(self._left),
+                _bytes(self._counts),
+                _bytes(self._weights),
+                _bytes(self._rows),
+                _COMPILED_FORMATS[self._source.name],
+                _COMPILED_FORMATS[self._target.name],
+                stop,
+                _bytes(descriptors),
+                _bytes(offsets),
+            )
+            width = stop - first
+            raw = block.reshape(-1)[: inputs * width].reshape(inputs, width)
+            if finite:
+                left = self._left.reshape(-1)[: outputs * width].reshape(outputs, width)
+                for index, count in enumerate(self._counts.tolist()):
+                    self._settle_flagged(index, count, left[index], raw, outs[index, first:stop])
+            else:
+                self._combine_nonfinite(raw, outs[:, first:stop], first)
         self._check_range(outs, 0)
 
     def _reserve(self, width: int) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wavg.checkpoint import Index, TensorSpec
 from wavg.dtypes import DType, lookup
 from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
-from wavg.kernel import scratch_bytes
+from wavg.kernel import reads_files, scratch_bytes
 from wavg.weights import Figures, figures
 
 __all__ = [
@@ -389,16 +389,20 @@ def _fit(
     widest = max(lookup(source).itemsize for action, source, _ in kinds if action == "average")
     wanted = max(1, min(_BLOCK_BYTES // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
-    if any(spec.extent is None for table in tables for spec in table):
+    in_place = all(spec.extent is not None for table in tables for spec in table)
+    if not in_place:
         most = 1  # compressed bytes can only be read in their order
     for workers in range(most, 0, -1):
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:
-            projected = fixed + workers * _worker_bytes(len(indexes), outputs, kinds, block)
+            projected = fixed + workers * _worker_bytes(
+                len(indexes), outputs, kinds, block, in_place
+            )
             if projected <= options.max_memory:
                 return block, workers, projected
-    needed = fixed + _worker_bytes(len(indexes), outputs, kinds, min(wanted, _SMALLEST_BLOCK))
+    block = min(wanted, _SMALLEST_BLOCK)
+    needed = fixed + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
         f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
@@ -417,13 +421,17 @@ def _kinds(decisions: Sequence[Decision]) -> set[tuple[str, str, str]]:
     }
 
 
-def _worker_bytes(inputs: int, outputs: int, kinds: set[tuple[str, str, str]], block: int) -> int:
-    """Bound what one worker holds: a block of every input and output, and scratch."""
+def _worker_bytes(
+    inputs: int, outputs: int, kinds: set[tuple[str, str, str]], block: int, in_place: bool
+) -> int:
+    """Bound what one worker holds: a block of every output and, unless the kernel reads, input."""
 
     def needed(action: str, source: DType, target: DType) -> int:
         if action != "average":
             return 2 * block * max(1, source.itemsize)
-        scratch = scratch_bytes(inputs, outputs, source.component, target.component, block)
-        return block * (inputs * source.itemsize + outputs * target.itemsize) + scratch
+        formats = source.component, target.component
+        reads = in_place and reads_files(*formats)
+        taken = outputs * target.itemsize + (0 if reads else inputs * source.itemsize)
+        return block * taken + scratch_bytes(inputs, outputs, *formats, block, from_files=reads)
 
     return _WORKER_BYTES + max(needed(action, lookup(a), lookup(b)) for action, a, b in kinds)

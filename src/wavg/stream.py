@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wavg.checkpoint import Checkpoint, Sink, TensorSpec
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
-from wavg.kernel import Combination, Combiner
+from wavg.kernel import Combination, Combiner, reads_files
 from wavg.plan import Decision, Plan
 from wavg.runs import Run, make_runs
 
@@ -259,14 +259,23 @@ class _Job:
         source, target = entry.component, output.component
         parts = entry.bits // source.bits  # 2 for complex numbers
         rows, results = len(self._checkpoints), len(self._sinks)
-        taken = _aligned(rows * count * entry.itemsize)
+        in_place = all(spec.extent is not None for spec in piece.sources)
+        reads = in_place and reads_files(source, target)
+        read = rows * count * entry.itemsize
+        taken = 0 if reads else _aligned(read)
         buffer = scratch.take(taken + results * count * output.itemsize)
-        block = _view(buffer, (rows, count * parts), source.numpy)
-        for checkpoint, spec, row in zip(self._checkpoints, piece.sources, block, strict=True):
-            checkpoint.read(spec, task.start, row.view(entry.numpy))
         outs = _view(buffer[taken:], (results, count * parts), target.numpy)
+        combiner = self._combiner(source, target, scratch)
         try:
-            self._combiner(source, target, scratch)(block, outs)
+            if reads:
+                self._combine_from_files(combiner, task, outs)
+            else:
+                block = _view(buffer, (rows, count * parts), source.numpy)
+                for checkpoint, spec, row in zip(
+                    self._checkpoints, piece.sources, block, strict=True
+                ):
+                    checkpoint.read(spec, task.start, row.view(entry.numpy))
+                combiner(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
         for sink, values in zip(self._sinks, outs.view(output.numpy), strict=True):
@@ -276,7 +285,18 @@ class _Job:
             for decision, first, start, stop in piece.pieces(task.start, task.stop):
                 part = values[start - task.start : stop - task.start]
                 sink.write(decision.spec.name, first, part)
-        return _Outcome(block.nbytes, [])
+        return _Outcome(read, [])
+
+    def _combine_from_files(self, combiner: Combiner, task: _Average, outs: Array) -> None:
+        """Have the kernel read the rows from where they lie."""
+        pairs = list(zip(self._checkpoints, task.run.sources, strict=True))
+        places = [checkpoint.place(spec, task.start) for checkpoint, spec in pairs]
+        descriptors, offsets = zip(*places, strict=True)
+        try:
+            combiner.from_files(np.array(descriptors, np.intc), np.array(offsets, np.int64), outs)
+        except EOFError as error:
+            checkpoint, spec = pairs[error.args[0]]
+            raise checkpoint.ends_within(spec) from None
 
     def _located(self, error: NonFiniteError, task: _Average, parts: int) -> NonFiniteError:
         index = task.start + error.index // parts
