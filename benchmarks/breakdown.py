@@ -42,9 +42,9 @@ def watch() -> None:
     os.preadv = watched("read", os.preadv)
     os.pwrite = watched("write", os.pwrite)
     os.fsync = watched("wait for the disk at the end", os.fsync)
-    os.replace = watched("replace the old output", os.replace)
     publish._sync_data = watched("disk at work meanwhile", publish._sync_data)
     kernel.Combiner.__call__ = watched("combine", kernel.Combiner.__call__)
+    kernel.Combiner.from_files = watched("read and combine", kernel.Combiner.from_files)
 
 
 def profile(folder: Path, dtype: str, repeats: int) -> dict:
@@ -53,9 +53,8 @@ def profile(folder: Path, dtype: str, repeats: int) -> dict:
     runs = []
     for _ in range(repeats + 1):
         TOTALS.clear()
-        seconds = time_once(
-            lambda: wavg.average_checkpoints(paths, folder / "a.safetensors", overwrite=True)
-        )
+        (folder / "a.safetensors").unlink(missing_ok=True)
+        seconds = time_once(lambda: wavg.average_checkpoints(paths, folder / "a.safetensors"))
         runs.append({"wall": seconds, **TOTALS})
     (folder / "a.safetensors").unlink()
     names = sorted({name for run in runs for name in run})

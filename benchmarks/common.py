@@ -92,14 +92,22 @@ def time_once(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list]:
-    """Time functions in turns after one warm-up each, so that a slow minute hits all of them."""
-    for function in functions.values():
-        function()
+def side_by_side(
+    functions: dict[str, Callable[[], object]], repeats: int, outputs: Sequence[Path]
+) -> dict[str, list]:
+    """Time functions in turns after one warm-up each, so that a slow minute hits all of them.
+
+    The outputs are removed before each, so that all write new files: to free an old one's pages, or
+    to write into them, is no part of the figure.
+    """
     times: dict[str, list] = {name: [] for name in functions}
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         for name, function in functions.items():
-            times[name].append(time_once(function))
+            for output in outputs:
+                output.unlink(missing_ok=True)
+            seconds = time_once(function)
+            if turn:
+                times[name].append(seconds)
     return times
 
 

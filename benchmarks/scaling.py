@@ -33,18 +33,21 @@ WEIGHTS = [f"exponential:alpha={alpha}" for alpha in (1, 2, 3, 4, 5, 6, 7, 8)] +
 def point(folder: Path, paths: list[Path], outputs: int, repeats: int) -> dict:
     """Time one average, or several in one pass, beside the copy limit."""
     copies = [folder / f"copy_{index}.bin" for index in range(outputs)]
-    target = str(folder / "average-{weights}.safetensors")
+    weights = WEIGHTS[-outputs:]
+    names = [text.replace(":", "-") for text in weights]
+    averages = [folder / f"average-{name}.safetensors" for name in names]
     times = side_by_side(
         {
             "copy limit": lambda: copy_limit(paths, copies),
             "wavg": lambda: wavg.average_checkpoints(
-                paths, target, weights=WEIGHTS[-outputs:], overwrite=True
+                paths, folder / "average-{weights}.safetensors", weights=weights
             ),
         },
         repeats,
+        [*copies, *averages],
     )
-    for path in [*copies, *folder.glob("average-*.safetensors")]:
-        path.unlink()
+    for path in [*copies, *averages]:
+        path.unlink(missing_ok=True)
     return {"seconds": times, "ratio": median(times["wavg"]) / median(times["copy limit"])}
 
 
@@ -96,14 +99,14 @@ def small_tensors(folder: Path, repeats: int) -> dict:
         name: make_run(folder / f"tensors_{name}", "float32", shape, count)
         for name, shape in shapes.items()
     }
+    output = folder / "average.safetensors"
     times = side_by_side(
         {
-            name: lambda paths=paths: wavg.average_checkpoints(
-                paths, folder / "average.safetensors", overwrite=True
-            )
+            name: lambda paths=paths: wavg.average_checkpoints(paths, output)
             for name, paths in runs.items()
         },
         repeats,
+        [output],
     )
     ratio = median(times["many"]) / median(times["few"])
     print(f"20,000 tensors: {spread(times['many'])}, 10: {spread(times['few'])}; {ratio:.2f} times")

@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py FOLDER [--dtype float32] [--repeats 9] [--peers]
 
-FOLDER takes about 5 GB a float32 run and half of that for each other. Everything is timed in turns.
+FOLDER takes about 5 GB a float32 run and half of that for each other. Everything is timed in turns,
+and writes new files: what an output of the turn before occupied is freed between the turns.
 
 - The copy limit: the same reads and the same write without arithmetic, in pieces of 1 MB on two
   threads, fsync included; in one process with wavg, files in the page cache.
@@ -89,13 +90,14 @@ def wrong_share(paths: list[Path], output: Path) -> float:
 def warm(folder: Path, dtype: str, repeats: int) -> dict:
     paths = make_run(folder / dtype, dtype, llama_shapes())
     read_all(paths)
-    output = folder / "average.safetensors"
+    output, copy = folder / "average.safetensors", folder / "copy.bin"
     times = side_by_side(
         {
-            "copy limit": lambda: copy_limit(paths, [folder / "copy.bin"]),
-            "wavg": lambda: wavg.average_checkpoints(paths, output, overwrite=True),
+            "copy limit": lambda: copy_limit(paths, [copy]),
+            "wavg": lambda: wavg.average_checkpoints(paths, output),
         },
         repeats,
+        [output, copy],
     )
     if wrong_share(paths, output):
         raise SystemExit("the output is wrong; no figure is reported")
@@ -110,12 +112,13 @@ def cold(folder: Path, dtype: str, repeats: int) -> dict:
     output = folder / "average.safetensors"
     methods = {
         "cat": lambda: subprocess.run(["cat", *paths], stdout=subprocess.DEVNULL, check=True),
-        "wavg": lambda: wavg.average_checkpoints(paths, output, overwrite=True),
+        "wavg": lambda: wavg.average_checkpoints(paths, output),
     }
     times: dict[str, list] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
             drop_from_cache(paths)
+            output.unlink(missing_ok=True)
             times[name].append(time_once(method))
     share = median(times["cat"]) / median(times["wavg"])
     print(f"{dtype}, cold: " + ", ".join(f"{k} {spread(v)}" for k, v in times.items()), end="")
