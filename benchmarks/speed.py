@@ -160,7 +160,7 @@ def peers(folder: Path, dtype: str, repeats: int) -> dict:
     names = [str(path) for path in paths]
     python = sys.executable
     commands = {
-        "wavg": [python, "-m", "wavg", "average", *names, "-o", str(output), "--overwrite"],
+        "wavg": [python, "-m", "wavg", "average", *names, "-o", str(output)],
         "tutorial": [python, "-c", textwrap.dedent(TUTORIAL), str(output), *names],
     }
     if importlib.util.find_spec("torch"):
@@ -171,23 +171,29 @@ def peers(folder: Path, dtype: str, repeats: int) -> dict:
         commands["mergekit"] = mergekit_command(paths, folder, dtype)
     else:
         print("mergekit: skipped, not installed")
+    runs: dict[str, list] = {name: [] for name in commands}
+    wrong = {}
+    for _ in range(repeats):
+        for name, command in list(commands.items()):
+            output.unlink(missing_ok=True)
+            shutil.rmtree(folder / "mergekit/out", ignore_errors=True)
+            try:
+                runs[name].append(run_process(command))
+            except RuntimeError as error:
+                print(f"{dtype}: {name} failed: {str(error)[-300:]}")
+                del commands[name]
+                continue
+            if name not in wrong:
+                result = next((folder / "mergekit").glob("out/*.safetensors"), output)
+                wrong[name] = wrong_share(paths, result)
     figures = {}
-    for name, command in commands.items():
-        try:
-            runs = [run_process(command) for _ in range(repeats)]
-        except RuntimeError as error:
-            print(f"{dtype}: {name} failed: {str(error)[-300:]}")
-            continue
-        result = folder / "mergekit/out/model.safetensors" if name == "mergekit" else output
-        if not result.exists():
-            result = next((folder / "mergekit/out").glob("*.safetensors"))
-        seconds, peak = [run[0] for run in runs], max(run[1] for run in runs)
-        wrong = wrong_share(paths, result)
-        figures[name] = {"seconds": seconds, "peak_bytes": peak, "wrong_share": wrong}
+    for name in commands:
+        seconds, peak = [run[0] for run in runs[name]], max(run[1] for run in runs[name])
+        figures[name] = {"seconds": seconds, "peak_bytes": peak, "wrong_share": wrong[name]}
         faster = median(seconds) / median(figures["wavg"]["seconds"])
         print(
-            f"{dtype}: {name} {spread(seconds)}, {peak / 1e6:.0f} MB, {wrong:.2%} of numbers not "
-            f"correctly rounded; wavg is {faster:.1f} times as fast"
+            f"{dtype}: {name} {spread(seconds)}, {peak / 1e6:.0f} MB, {wrong[name]:.2%} of numbers "
+            f"not correctly rounded; wavg is {faster:.1f} times as fast"
         )
     return figures
 

@@ -255,6 +255,7 @@ class Combiner:
         self._settled = _settled(inputs)
         self._sums = np.empty((outputs, 0), self._start)
         self._left = np.empty((outputs, 0), bool)
+        self._block: Array = np.empty((0, 0), source.numpy)
         with np.errstate(all="ignore"):  # of rows that are not tame, nothing of this is used
             normal = combination.matrix / combination.totals[:, None]
             self._normal = normal.astype(self._start)
@@ -325,7 +326,6 @@ class Combiner:
     def _compile(self) -> None:
         """Put the combination into the form that the compiled step takes."""
         combination, rows = self._combination, []
-        self._block = np.empty((0, 0), self._source.numpy)
         self._weights = combination.matrix.copy()
         for index, bits in enumerate(combination.bits):
             integers = combination.integers[index]
