@@ -277,7 +277,7 @@ def _write(
         files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in targets]
         templates, sinks = [], []
         for plan, target, file in zip(plans, targets, files, strict=True):
-            with file.failures():
+            with file.failures(), _uncollected():
                 templates.append(_template(plan, checkpoints[-1], target, file.temporary))
             sinks.append(FileSink(file, templates[-1], checkpoints[-1]))
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)

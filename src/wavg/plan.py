@@ -237,12 +237,12 @@ def make_plans(
     created = None if patches else output_format
     block, workers, projected = _fit(indexes, decisions, options, created, len(weightings))
     keep_others = options.optimizer == "carry" and not in_memory and patches
-    read = sum(  # in every input a tensor has one size
-        decision.spec.nbytes
-        * (len(indexes) if decision.action == "average" or decision.compare else 1)
-        for decision in decisions
-    )
-    result = sum(decision.output.nbytes for decision in decisions)
+    read = result = 0
+    for decision in decisions:
+        size = decision.spec.nbytes  # the same in every input
+        everywhere = decision.action == "average" or decision.compare
+        read += size * (len(indexes) if everywhere else 1)
+        result += size if decision.output is decision.spec else decision.output.nbytes
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
     plans = []
     for schedule, coefficients, output in weightings:

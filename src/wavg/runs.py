@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -44,9 +45,9 @@ class Run(NamedTuple):
 def make_runs(decisions: Sequence[Decision]) -> Iterator[Run]:
     """Join the tensors to average where neighbours lie side by side in every input."""
     chosen = [d for d in decisions if d.action == "average" and d.spec.size]
-    chosen.sort(key=lambda d: (d.spec.extent is None, d.spec.extent))
+    placed = sorted((d for d in chosen if d.spec.extent), key=operator.attrgetter("spec.extent"))
     group: list[Decision] = []
-    for decision in chosen:
+    for decision in itertools.chain(placed, (d for d in chosen if d.spec.extent is None)):
         if group and not _adjoins(group[-1], decision):
             yield _join(group)
             group = []
