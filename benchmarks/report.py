@@ -119,7 +119,7 @@ def index() -> str:
 
 def breakdown() -> str:
     found = figures("breakdown")
-    names = [name for name in found["float32"]["compiled"] if name != "wall"]
+    names = sorted({name for step in found["float32"].values() for name in step} - {"wall"})
 
     def rows() -> Iterator[str]:
         for dtype in DTYPES:
