@@ -12,9 +12,9 @@ could not settle:
    ``q - e`` and ``q + e`` round to the same output: rounding is monotone, so the exact value rounds
    there too. What remains lies next to the midpoint of two outputs. This step exists twice:
    compiled (``_compiled.c``: float64, bounds column by column, exact sums recognised, at about the
-   speed of memory; it can read the rows from open files itself), and in NumPy (one matrix product, in float32 for bfloat16, else in float64) for
-   formats that the compiled one lacks and where no C compiler was at hand. As the result is
-   defined, they cannot differ in a byte.
+   speed of memory; it can read the rows from open files itself), and in NumPy (one matrix product,
+   in float32 for bfloat16, else in float64) for formats that the compiled one lacks and where no C
+   compiler was at hand. As the result is defined, they cannot differ in a byte.
 2. float64 for those, where it is known to hold every partial sum of these very numbers exactly, as
    it nearly always is for whole-number weights. This settles exact ties. In NumPy float16 starts
    here, for its sums are always exact.
