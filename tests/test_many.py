@@ -95,6 +95,23 @@ def test_a_list_of_one_still_returns_a_list(run):
     assert len(plan.inputs) == 3
 
 
+def test_an_average_asked_for_twice_is_told_so(run):
+    folder, suffix = run
+    with pytest.raises(wavg.WavgError, match="one of them is asked for twice"):
+        wavg.average_checkpoints(
+            f"{folder}/model_*{suffix}",
+            folder / f"a-{{weights}}{suffix}",
+            weights=["exponential", "exponential:alpha=2"],
+        )
+
+
+def test_a_misspelt_placeholder_is_refused(run):
+    folder, suffix = run
+    with pytest.raises(wavg.WavgError, match=r"\{weight\} stands for nothing"):
+        wavg.average_checkpoints(f"{folder}/model_*{suffix}", folder / f"a-{{weight}}{suffix}")
+    assert not list(folder.glob("a-*"))
+
+
 def test_outputs_that_would_be_one_file_are_refused(run):
     folder, suffix = run
     with pytest.raises(wavg.OutputError, match=r"put \{weights\} and \{last\} into"):

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -495,6 +496,9 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
+_PLACEHOLDERS = {"{weights}", "{last}"}
+
+
 @dataclass(frozen=True, slots=True)
 class _Grid:
     """The averages that one call makes: every schedule with every number of newest inputs."""
@@ -532,16 +536,25 @@ class _Grid:
         if output is None:
             return []
         template = os.fspath(output)
+        unknown = set(re.findall(r"\{\w*\}", os.path.basename(template))) - _PLACEHOLDERS
+        if unknown:
+            raise OutputError(
+                f"{template}: {min(unknown)} stands for nothing in an output's name; "
+                "{weights} and {last} do",
+                path=template,
+            )
         paths = []
         for rule, number in self.cells(count):
             text = str(rule).replace(":", "-").replace("/", "-")
             path = template.replace("{weights}", text).replace("{last}", str(number))
             format_of_output(path)
             if path in paths:
+                advice = "put {weights} and {last} into the output's name"
+                asked = [(str(rule), number) for rule, number in self.cells(count)]
+                if asked.count((str(rule), number)) > 1:
+                    advice = "one of them is asked for twice"
                 raise OutputError(
-                    f"two of these averages would be written to {path}; "
-                    "put {weights} and {last} into the output's name",
-                    path=path,
+                    f"two of these averages would be written to {path}; {advice}", path=path
                 )
             paths.append(path)
         return paths
