@@ -314,10 +314,15 @@ def test_huge_numbers_and_weights_that_nearly_cancel_are_exact():
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("with_hopeless", [False, True])
 def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
-    monkeypatch, tmp_path, source, target
+    monkeypatch, tmp_path, source, target, with_hopeless
 ):
     """In portions that do not divide the columns; with zeros, and columns that are left over."""
+    hopeless = [1, -1, 1e-300, 0, 0]
+    weights = [[1, 1, 1, 1, 1], [0.1, 0.1, 0.3, 0.3, 0], [2, 0, 0, 0, 1]]
+    if with_hopeless:
+        weights.append(hopeless)
     if kernel._compiled is None:
         pytest.skip("it is the compiled step that reads")
     monkeypatch.setattr(kernel, "_SHORTEST", 1)
@@ -326,10 +331,15 @@ def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
     block = rng.standard_normal((5, 4099)).astype(lookup(source).numpy)
     block[:, 2000:2100] = 0
     block[:, 3333] = block[0, 3333]
-    weights = [[1, 1, 1, 1, 1], [0.1, 0.2, 0.3, 0.05, 0.7], [1, -1, 1e-300, 0, 0], [2, 0, 0, 0, 1]]
+    block[0, 2000:2050] = -0.0
+    block[1, 2025:2075] = -0.0
+    # Next to a midpoint of the target for the row 0.1, 0.1, 0.3, 0.3, where the source can say it.
+    step = 2.0 ** (1 - lookup(target).precision)
+    planted = [3, 1499, 1500, 4090, 4098]
+    block[:, planted] = np.array([[1], [1 + step], [1], [1 + step], [1]])
     formats = lookup(source), lookup(target)
     combiner = kernel.Combiner(Combination.of(weights), *formats, allow_nonfinite=True)
-    expected = np.empty((4, 4099), lookup(target).numpy)
+    expected = np.empty((len(weights), 4099), lookup(target).numpy)
     found = np.empty_like(expected)
     with monkeypatch.context() as patch:
         patch.setattr(kernel, "_compiled", None)
@@ -339,8 +349,17 @@ def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
         file.flush()
         offsets = 4 + np.arange(5, dtype=np.int64) * block[0].nbytes
         descriptors = np.full(5, file.fileno(), np.intc)
+        counts = []
+        settle = combiner._settle_flagged
+        monkeypatch.setattr(
+            combiner, "_settle_flagged", lambda *a: (counts.append(a[:2]), settle(*a))[1]
+        )
         combiner.from_files(descriptors, offsets, found)
         assert found.tobytes() == expected.tobytes()
+        if lookup(source).precision >= lookup(target).precision and not with_hopeless:
+            left = [n for index, n in counts if index == 1 and n]
+            assert len(left) >= 2
+            assert 5 <= sum(left) <= 4099 // 8  # few: picked one by one
         with pytest.raises(EOFError) as caught:
             combiner.from_files(descriptors, offsets + block[0].nbytes, found)
         assert caught.value.args == (4,)

@@ -262,6 +262,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             The file ends before the tensor does.
         """
         if spec.extent is None:
+            if not self._descriptors:
+                raise ValueError(f"{self.path} is closed")
             if self._block_reader is None:
                 raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
             self._block_reader.read(spec, start, out)

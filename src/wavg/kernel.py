@@ -197,8 +197,8 @@ def scratch_bytes(
     """Bound what a `Combiner` allocates: its tile, and what settling left-over columns takes."""
     block *= 2  # a complex number is two
     if reads_files(source, target):
-        width = min(block, portion_of(inputs, source)) if from_files else block
-        first_step = outputs * (width + (1 << 13))  # flags, and a tile's sums
+        width = portion_of(inputs, source) if from_files else block
+        first_step = outputs * (width + (2 << 13))  # flags, a tile's sums, what is checked at once
         if from_files:
             first_step += inputs * portion_of(inputs, source) * source.itemsize
     else:
@@ -407,8 +407,11 @@ class Combiner:
         self._check_range(outs, start)
 
     def _check_range(self, outs: Array, start: int) -> None:
-        if self._overflows and not self._allow_nonfinite and not np.isfinite(outs).all():
-            column = start + _first_nonfinite(outs)[1]
+        if not self._overflows or self._allow_nonfinite:
+            return
+        found = _first_nonfinite(outs)
+        if found is not None:
+            column = start + found[1]
             raise NonFiniteError(
                 f"the average at index {column} does not fit {self._target.name}; "
                 "write a wider dtype",
@@ -545,7 +548,7 @@ class Combiner:
     def _combine_nonfinite(self, raw: Array, outs: Array, first: int) -> None:
         """Refuse NaN and infinities, or take IEEE 754 where they stand and be exact elsewhere."""
         if not self._allow_nonfinite:
-            row, column = _first_nonfinite(raw)
+            row, column = _first_nonfinite(raw) or (0, 0)  # there is one
             raise NonFiniteError(
                 f"input {row} holds {float(raw[row, column])} at index {first + column}",
                 input=row,
@@ -628,12 +631,13 @@ def _bytes(array: Array) -> Array:
     return array.view(np.uint8).reshape(-1)
 
 
-def _first_nonfinite(array: Array) -> tuple[int, int]:
+def _first_nonfinite(array: Array) -> tuple[int, int] | None:
     for start in range(0, array.shape[1], _SETTLED):
-        found = np.argwhere(~np.isfinite(array[:, start : start + _SETTLED]))
-        if len(found):
-            return int(found[0, 0]), start + int(found[0, 1])
-    raise AssertionError("there is none")
+        finite = np.isfinite(array[:, start : start + _SETTLED])
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0].tolist()
+            return row, start + column
+    return None
 
 
 def _largest(raw: Array, source: DType) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Index, TensorSpec
-from wavg.dtypes import DType, lookup
+from wavg.dtypes import lookup
 from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
 from wavg.kernel import reads_files, scratch_bytes
 from wavg.weights import Figures, figures
@@ -425,13 +425,16 @@ def _worker_bytes(
     inputs: int, outputs: int, kinds: set[tuple[str, str, str]], block: int, in_place: bool
 ) -> int:
     """Bound what one worker holds: a block of every output and, unless the kernel reads, input."""
-
-    def needed(action: str, source: DType, target: DType) -> int:
+    buffer = scratch = 0  # a worker keeps the largest buffer, whatever it has in hand
+    for action, source, target in ((action, lookup(a), lookup(b)) for action, a, b in kinds):
         if action != "average":
-            return 2 * block * max(1, source.itemsize)
+            buffer = max(buffer, 2 * block * max(1, source.itemsize))
+            continue
         formats = source.component, target.component
-        reads = in_place and reads_files(*formats)
-        taken = outputs * target.itemsize + (0 if reads else inputs * source.itemsize)
-        return block * taken + scratch_bytes(inputs, outputs, *formats, block, from_files=reads)
-
-    return _WORKER_BYTES + max(needed(action, lookup(a), lookup(b)) for action, a, b in kinds)
+        for reads in {reads_files(*formats), in_place and reads_files(*formats)}:
+            taken = outputs * target.itemsize + (0 if reads else inputs * source.itemsize)
+            buffer = max(buffer, block * taken)
+            scratch = max(
+                scratch, scratch_bytes(inputs, outputs, *formats, block, from_files=reads)
+            )
+    return _WORKER_BYTES + buffer + scratch
