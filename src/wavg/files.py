@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import operator
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,9 +21,10 @@ from wavg import stream
 from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, Template, TensorSpec
 from wavg.dtypes import dtype_of
-from wavg.errors import OutputError, WeightError
+from wavg.errors import OutputError
 from wavg.formats import format_of_output, load_module, open_file
-from wavg.inputs import PathLike, expand, read_steps
+from wavg.grid import Grid, select
+from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.publish import AtomicFile, refuse_existing
 from wavg.sinks import FileSink, MemorySink
@@ -246,8 +245,8 @@ def average_checkpoints(
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
-    grid = _Grid.of(weights, last)
-    paths, all_steps = _select(inputs, steps, grid, sort, output)
+    grid = Grid.of(weights, last)
+    paths, all_steps = select(inputs, steps, grid, sort, output)
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite)
@@ -363,8 +362,8 @@ def plan_average(
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
-    grid = _Grid.of(weights, last)
-    paths, all_steps = _select(inputs, steps, grid, sort, output)
+    grid = Grid.of(weights, last)
+    paths, all_steps = select(inputs, steps, grid, sort, output)
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
@@ -496,91 +495,6 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-_PLACEHOLDERS = {"{weights}", "{last}"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """The averages that one call makes: every schedule with every number of newest inputs."""
-
-    rules: tuple[schedules.Schedule, ...]
-    lasts: tuple[int | None, ...]
-    many: bool
-
-    @classmethod
-    def of(
-        cls,
-        weights: schedules.WeightsLike | Sequence[schedules.WeightsLike],
-        last: int | Sequence[int] | None,
-    ) -> _Grid:
-        many = isinstance(last, Iterable) and np.ndim(last) > 0
-        given: tuple[Any, ...] = tuple(last) if isinstance(last, Iterable) and many else (last,)
-        try:
-            lasts = tuple(None if n is None else operator.index(n) for n in given)
-        except TypeError:
-            raise WeightError(f"last must be a whole number, not {last!r}") from None
-        if schedules.is_several(weights):
-            rules, many = tuple(map(schedules.resolve, weights)), True
-        else:
-            rules = (schedules.resolve(weights),)
-        if not rules or not lasts:
-            raise WeightError("weights or last is an empty list: there is no average to make")
-        return cls(rules, lasts, many)
-
-    def cells(self, count: int) -> list[tuple[schedules.Schedule, int]]:
-        """Return the averages of so many inputs, each as a schedule and the inputs it takes."""
-        return [(rule, last or count) for rule in self.rules for last in self.lasts]
-
-    def outputs(self, output: PathLike | None, count: int) -> list[str]:
-        """Return the averages' paths; none for arrays."""
-        if output is None:
-            return []
-        template = os.fspath(output)
-        unknown = set(re.findall(r"\{\w*\}", os.path.basename(template))) - _PLACEHOLDERS
-        if unknown:
-            raise OutputError(
-                f"{template}: {min(unknown)} stands for nothing in an output's name; "
-                "{weights} and {last} do",
-                path=template,
-            )
-        paths = []
-        for rule, number in self.cells(count):
-            text = str(rule).replace(":", "-").replace("/", "-")
-            path = template.replace("{weights}", text).replace("{last}", str(number))
-            format_of_output(path)
-            if path in paths:
-                advice = "put {weights} and {last} into the output's name"
-                asked = [(str(rule), number) for rule, number in self.cells(count)]
-                if asked.count((str(rule), number)) > 1:
-                    advice = "one of them is asked for twice"
-                raise OutputError(
-                    f"two of these averages would be written to {path}; {advice}", path=path
-                )
-            paths.append(path)
-        return paths
-
-
-def _select(
-    inputs: PathLike | Iterable[PathLike],
-    steps: Sequence[float] | None,
-    grid: _Grid,
-    sort: bool | None,
-    output: PathLike | None,
-) -> tuple[list[str], tuple[float, ...]]:
-    """Return the paths that any average takes and their steps, oldest first."""
-    paths = expand(inputs, sort=sort, output=None if output is None else os.fspath(output))
-    if steps is not None and len(steps) != len(paths):
-        raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
-    numbers = read_steps(paths) if steps is None else schedules.check_steps(steps)
-    lasts = [len(paths) if last is None else last for last in grid.lasts]
-    for last in lasts:
-        if not 1 <= last <= len(paths):
-            raise WeightError(
-                f"last must be between 1 and {len(paths)}, the number of checkpoints, not {last}"
-            )
-    return paths[-max(lasts) :], numbers[-max(lasts) :]
-
-
 def _allow_open_files(count: int) -> None:
     """Raise this process's limit on open files where so many inputs need it and it is allowed."""
     try:
@@ -625,7 +539,7 @@ def _uncollected() -> Iterator[None]:
 def _plans(
     checkpoints: Sequence[Checkpoint],
     steps: tuple[float, ...],
-    grid: _Grid,
+    grid: Grid,
     targets: Sequence[str],
     options: Options,
 ) -> list[Plan]:
