@@ -72,6 +72,7 @@ class PlanOptions(TypedDict, total=False):
     integers: str
     allow_nonfinite: bool
     opaque_dtype: str | None
+    isolate: bool
     max_memory: int | str
     workers: int | None
 
@@ -137,6 +138,7 @@ def average_checkpoints(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     overwrite: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -180,6 +182,8 @@ def average_checkpoints(
         Let NaN and infinities through in place of an error.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values, as a Keras ``.h5`` has them, to be so.
+    isolate
+        Look into HDF5 files in a process of their own, as for `open_checkpoint`.
     overwrite
         Replace an existing output. It may be one of the inputs.
     max_memory
@@ -250,7 +254,7 @@ def average_checkpoints(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite)
-    with _opened(paths, opaque_dtype, len(targets)) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
             if not targets:
@@ -335,6 +339,7 @@ def plan_average(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
 ) -> Plan | list[Plan]:
@@ -367,12 +372,14 @@ def plan_average(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
-    with _opened(paths, opaque_dtype) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
     return plans if grid.many else plans[0]
 
 
-def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> Checkpoint:
     """Open a checkpoint: an ordered mapping from tensor names to lazy tensors.
 
     Parameters
@@ -381,6 +388,10 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
         A Keras ``.h5``, safetensors or ``.npz`` file; its content tells which.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values to be so.
+    isolate
+        Look into an HDF5 file in a process of its own, for files from strangers: one that crashes
+        the HDF5 library, or keeps it busy for more than 10 s, is then a `CheckpointFormatError`.
+        The process starts with the first such file, in some 0.2 s, and stays for the next ones.
 
     Returns
     -------
@@ -402,10 +413,12 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    return open_file(os.fspath(path), opaque_dtype=opaque_dtype)
+    return open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
 
 
-def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]:
+def load(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> dict[str, Array]:
     """Read all tensors of a checkpoint into an ordered dict.
 
     Parameters are those of `open_checkpoint`. Optimizer state is not part of the model. Costs one
@@ -419,7 +432,7 @@ def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]
     >>> list(wavg.load(path).items())
     [('b', array([1.], dtype=float32)), ('a', array([0, 1]))]
     """
-    with open_checkpoint(path, opaque_dtype=opaque_dtype) as checkpoint:
+    with open_checkpoint(path, opaque_dtype=opaque_dtype, isolate=isolate) as checkpoint:
         tensors = {name: tensor.read() for name, tensor in checkpoint.items()}
         checkpoint.verify_unchanged()
     return tensors
@@ -510,7 +523,7 @@ def _allow_open_files(count: int) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    paths: Sequence[str], opaque_dtype: str | None, outputs: int = 1
+    paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
 ) -> Iterator[list[Checkpoint]]:
     _allow_open_files(len(paths) + outputs)
     with contextlib.ExitStack() as stack:
@@ -518,7 +531,7 @@ def _opened(
         with _uncollected():
             for path in paths:
                 like = checkpoints[-1].index if checkpoints else None
-                opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
+                opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
                 checkpoints.append(stack.enter_context(opened))
         yield checkpoints
 

@@ -35,16 +35,17 @@ __all__ = [
 
 
 class Format(NamedTuple):
-    """A row of the table."""
+    """A row of the table; `isolable`: its index can be read in a process of its own."""
 
     name: str
     suffixes: tuple[str, ...]
     magic: tuple[bytes, ...]
     module: str
+    isolable: bool = False
 
 
 FORMATS = (
-    Format("keras-h5", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), "wavg.formats.keras_h5"),
+    Format("keras-h5", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), "wavg.formats.keras_h5", True),
     Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
@@ -68,12 +69,17 @@ def load_module(name: str) -> Any:
 
 
 def open_file(
-    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
+    path: str,
+    *,
+    opaque_dtype: str | None = None,
+    like: Index | None = None,
+    isolate: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint file, whatever its format; its first bytes tell which.
 
     The checkpoints of one run mostly have the same layout: an index equal to `like` shares its
-    list of tensors, so that a thousand checkpoints take the memory of one.
+    list of tensors, so that a thousand checkpoints take the memory of one. With `isolate` the index
+    of a file that needs HDF5 is read in another process, which that library may crash or hang.
 
     Raises
     ------
@@ -85,11 +91,19 @@ def open_file(
     identify(path)  # refuses pipes and devices before they are opened
     if opaque_dtype not in (None, "bfloat16"):
         raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
-    module = load_module(_detect(path).name)
-    index: Index = module.read_index(path, opaque_dtype=opaque_dtype, like=like)
+    row = _detect(path)
+    index: Index
+    if isolate and row.isolable:
+        from wavg.formats import isolated
+
+        index = isolated.read_index(row.module, path, opaque_dtype=opaque_dtype)
+    else:
+        index = load_module(row.name).read_index(path, opaque_dtype=opaque_dtype, like=like)
     if like is not None and index.tensors == like.tensors:
         index = dataclasses.replace(index, tensors=like.tensors)
-    return Checkpoint(index, getattr(module, "block_reader", None))
+    if all(spec.extent is not None for spec in index.tensors):
+        return Checkpoint(index)
+    return Checkpoint(index, getattr(load_module(row.name), "block_reader", None))
 
 
 def is_checkpoint_name(path: str) -> bool:
