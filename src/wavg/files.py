@@ -22,7 +22,7 @@ from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError, OutputExistsError
-from wavg.formats import format_of_output, load_module, open_file, parts_of
+from wavg.formats import Format, format_of_output, load_module, open_file, parts_of
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
@@ -73,6 +73,7 @@ class PlanOptions(TypedDict, total=False):
     integers: str
     allow_nonfinite: bool
     opaque_dtype: str | None
+    isolate: bool
     max_memory: int | str
     workers: int | None
 
@@ -138,6 +139,7 @@ def average_checkpoints(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     overwrite: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -181,6 +183,8 @@ def average_checkpoints(
         Let NaN and infinities through in place of an error.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values, as a Keras ``.h5`` has them, to be so.
+    isolate
+        Look into HDF5 files in a process of their own, as for `open_checkpoint`.
     overwrite
         Replace an existing output. It may be one of the inputs.
     max_memory
@@ -251,7 +255,7 @@ def average_checkpoints(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite)
-    with _opened(paths, opaque_dtype, len(targets)) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
             _verify_checksums(checkpoints, plans[0].workers, tick)
@@ -279,13 +283,13 @@ def _write(
     with contextlib.ExitStack() as stack:
         outputs = []
         for plan, target in zip(plans, targets, strict=True):
-            module = load_module(format_of_output(target, reference.index).name)
-            paths = parts_of(module, target, reference.index if plan.patches else None)
+            row = format_of_output(target, reference.index)
+            paths = parts_of(row, target, reference.index if plan.patches else None)
             if len(paths) > 1 and overwrite:
                 _refuse_replacing(paths)
             files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
             with _failures(files), _uncollected():
-                templates = _templates(module, plan, reference, files)
+                templates = _templates(row, plan, reference, files)
             outputs.append(_Output(files, templates, FileSink(files, templates, reference)))
         sinks = [output.sink for output in outputs]
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
@@ -347,21 +351,23 @@ def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
 
 
 def _templates(
-    module: Any, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
+    row: Format, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
 ) -> list[Template]:
     averaged = [decision.output for decision in plan.averaged]
     paths = [file.temporary for file in files]
+    templates: list[Template]
     if not plan.patches:
         everything = [decision.output._replace(extent=None) for decision in plan.decisions]
-        created: list[Template] = module.create(everything, {}, paths)
-        return created
-    templates: list[Template]
+        templates = load_module(row.name).create(everything, {}, paths)
+        return templates
     if can_patch_in_place(reference.index, averaged, plan.keep_others):
         templates = in_place(reference.index, averaged)
     else:
+        module = load_module(row.name)
         templates = module.patch(reference, averaged, plan.keep_others, paths)
-    if hasattr(module, "renamed"):
+    if row.several:
         names = [file.path for file in files]
+        module = load_module(row.name)
         templates[0] = module.renamed(reference, averaged, plan.keep_others, names)
     return templates
 
@@ -407,6 +413,7 @@ def plan_average(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
 ) -> Plan | list[Plan]:
@@ -439,12 +446,14 @@ def plan_average(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
-    with _opened(paths, opaque_dtype) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
     return plans if grid.many else plans[0]
 
 
-def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> Checkpoint:
     """Open a checkpoint: an ordered mapping from tensor names to lazy tensors.
 
     Parameters
@@ -453,6 +462,10 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
         A Keras ``.h5``, safetensors or ``.npz`` file; its content tells which.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values to be so.
+    isolate
+        Look into an HDF5 file in a process of its own, for files from strangers: one that crashes
+        the HDF5 library, or keeps it busy for more than 10 s, is then a `CheckpointFormatError`.
+        The process starts with the first such file, in some 0.2 s, and stays for the next ones.
 
     Returns
     -------
@@ -474,7 +487,7 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype)
+    checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
     try:
         _verify_checksums([checkpoint], _available_cores())
     except BaseException:
@@ -483,7 +496,9 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
     return checkpoint
 
 
-def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]:
+def load(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> dict[str, Array]:
     """Read all tensors of a checkpoint into an ordered dict.
 
     Parameters are those of `open_checkpoint`. Optimizer state is not part of the model. Costs one
@@ -497,7 +512,7 @@ def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]
     >>> list(wavg.load(path).items())
     [('b', array([1.], dtype=float32)), ('a', array([0, 1]))]
     """
-    with open_checkpoint(path, opaque_dtype=opaque_dtype) as checkpoint:
+    with open_checkpoint(path, opaque_dtype=opaque_dtype, isolate=isolate) as checkpoint:
         tensors = {name: tensor.read() for name, tensor in checkpoint.items()}
         checkpoint.verify_unchanged()
     return tensors
@@ -586,7 +601,7 @@ def _allow_open_files(count: int) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    paths: Sequence[str], opaque_dtype: str | None, outputs: int = 1
+    paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
 ) -> Iterator[list[Checkpoint]]:
     _allow_open_files(len(paths) + outputs)
     with contextlib.ExitStack() as stack:
@@ -594,7 +609,7 @@ def _opened(
         with _uncollected():
             for path in paths:
                 like = checkpoints[-1].index if checkpoints else None
-                opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
+                opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
                 checkpoints.append(stack.enter_context(opened))
         yield checkpoints
 

@@ -41,19 +41,27 @@ __all__ = [
 
 
 class Format(NamedTuple):
-    """A row of the table."""
+    """A row of the table.
+
+    ``isolable``: its index is HDF5's business, and can be read in a process of its own.
+    ``several``: an output is several files.
+    """
 
     name: str
     suffixes: tuple[str, ...]
     magic: tuple[bytes, ...]
     module: str
+    isolable: bool = False
+    several: bool = False
 
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 FORMATS = (
-    Format("keras-h5", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), "wavg.formats.keras_h5"),
-    Format("keras-weights", (".weights.h5",), (), "wavg.formats.keras_weights"),
-    Format("keras", (".keras",), (), "wavg.formats.keras_archive"),
-    Format("keras-shards", (".weights.json",), (), "wavg.formats.keras_shards"),
+    Format("keras-h5", (".h5", ".hdf5"), (_HDF5_MAGIC,), "wavg.formats.keras_h5", True),
+    Format("keras-weights", (".weights.h5",), (), "wavg.formats.keras_weights", True),
+    Format("keras", (".keras",), (), "wavg.formats.keras_archive", True),
+    Format("keras-shards", (".weights.json",), (), "wavg.formats.keras_shards", True, True),
     Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
@@ -79,19 +87,24 @@ def _row(name: str) -> Format:
     return next(row for row in FORMATS if row.name == name)
 
 
-def parts_of(module: Any, output: str, index: Index | None) -> list[str]:
+def parts_of(row: Format, output: str, index: Index | None) -> list[str]:
     """Return the paths of the files that an output consists of; the first names the others."""
-    parts: list[str] = module.parts(output, index) if hasattr(module, "parts") else [output]
+    parts: list[str] = load_module(row.name).parts(output, index) if row.several else [output]
     return parts
 
 
 def open_file(
-    path: str, *, opaque_dtype: str | None = None, like: Index | None = None
+    path: str,
+    *,
+    opaque_dtype: str | None = None,
+    like: Index | None = None,
+    isolate: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint file, whatever its format; its first bytes tell which.
 
     The checkpoints of one run mostly have the same layout: an index equal to `like` shares its
-    list of tensors, so that a thousand checkpoints take the memory of one.
+    list of tensors, so that a thousand checkpoints take the memory of one. With `isolate` the index
+    of a file that needs HDF5 is read in another process, which that library may crash or hang.
 
     Raises
     ------
@@ -103,11 +116,18 @@ def open_file(
     identify(path)  # refuses pipes and devices before they are opened
     if opaque_dtype not in (None, "bfloat16"):
         raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
-    index: Index = load_module(_detect(path).name).read_index(
-        path, opaque_dtype=opaque_dtype, like=like
-    )
+    row = _detect(path)
+    index: Index
+    if isolate and row.isolable:
+        from wavg.formats import isolated
+
+        index = isolated.read_index(row.module, path, opaque_dtype=opaque_dtype)
+    else:
+        index = load_module(row.name).read_index(path, opaque_dtype=opaque_dtype, like=like)
     if like is not None and index.tensors == like.tensors:
         index = dataclasses.replace(index, tensors=like.tensors)
+    if all(spec.extent is not None for spec in index.tensors):
+        return Checkpoint(index)
     return Checkpoint(index, getattr(load_module(index.format), "block_reader", None))
 
 
