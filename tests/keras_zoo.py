@@ -7,11 +7,14 @@ slots too are set.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
 
+import h5py
 import numpy as np
 
 
@@ -111,6 +114,15 @@ def shared(keras):
     dense, inner = layers.Dense(4, name="twice"), _inner(keras, "tower")
     x = layers.Add()([inner(dense(left)), inner(dense(right))])
     return keras.Model([left, right], layers.Dense(2, name="head")(x))
+
+
+def shared_across(keras):
+    """A layer both of the model and of a model in it: one tensor, which the legacy form repeats."""
+    layers = keras.layers
+    dense = layers.Dense(4, name="both")
+    inputs, inner_inputs = keras.Input((4,)), keras.Input((4,))
+    inner = keras.Model(inner_inputs, layers.Dense(4, name="deep")(dense(inner_inputs)), name="in")
+    return keras.Model(inputs, layers.Dense(2, name="head")(dense(inner(inputs))))
 
 
 def tied(keras):
@@ -247,11 +259,17 @@ def wrapped(keras):
             keras.Input((5, 4)),
             layers.TimeDistributed(layers.Dense(4)),
             layers.TimeDistributed(layers.BatchNormalization()),
-            layers.SpectralNormalization(layers.Dense(3)),
-            layers.TimeDistributed(layers.Dense(2)),
             layers.GroupNormalization(1),
             layers.UnitNormalization(),
         ]
+    )
+
+
+def spectral(keras):
+    """The wrapper takes the inner layer's kernel as its own: Keras 3's layout stores it twice."""
+    layers = keras.layers
+    return keras.Sequential(
+        [keras.Input((4,)), layers.SpectralNormalization(layers.Dense(3)), layers.Dense(2)]
     )
 
 
@@ -314,11 +332,30 @@ OPTIMIZED = [
 ]
 POLICIES = [_of_policy(p) for p in ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")]
 EVERYDAY = [
-    sequential, functional, cnn, nested, nested_frozen, nested_frozen_whole, nested_siblings,
-    nested_twice, shared, tied, subclassed, own_weights, own_weights_functional, recurrent,
-    transformer, grouped_attention, normalization, dropout, wrapped, wrapped_model,
-]  # fmt: skip
+    sequential,
+    functional,
+    cnn,
+    nested,
+    nested_frozen,
+    nested_frozen_whole,
+    nested_siblings,
+    nested_twice,
+    shared,
+    shared_across,
+    tied,
+    subclassed,
+    own_weights,
+    own_weights_functional,
+    recurrent,
+    transformer,
+    normalization,
+    dropout,
+    wrapped,
+    wrapped_model,
+]
+KERAS3_ONLY = [grouped_attention, spectral]
 FAMILIES = {build.__name__: build for build in [*EVERYDAY, *POLICIES, *OPTIMIZED]}
+FAMILIES_OF_KERAS3 = FAMILIES | {build.__name__: build for build in KERAS3_ONLY}
 
 SUFFIX = {
     "h5": ".h5",
@@ -348,22 +385,16 @@ def weights_for(model, rng):
     ]
 
 
-def set_slots(model, rng):
-    """Give an optimizer the state that training would have given it."""
-    optimizer = model.optimizer
-    for variable in (
-        optimizer.variables if not callable(optimizer.variables) else optimizer.variables()
-    ):
-        if "learning_rate" not in variable.name:
-            array = np.asarray(variable)
-            variable.assign(random_like(array, rng, positive=True))
+def slots(model):
+    """The variables of the optimizer that training changes."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = getattr(optimizer, "variables", [])
+    variables = variables() if callable(variables) else variables
+    return [variable for variable in variables if "learning_rate" not in variable.name]
 
 
 def save(keras, model, path, form):
-    path = str(path)
     if form == "legacy_weights" and is_keras3(keras):
-        import h5py
-
         legacy = importlib.import_module("keras.src.legacy.saving.legacy_h5_format")
         with h5py.File(path, "w") as file:
             legacy.save_weights_to_hdf5_group(file, model)
@@ -377,13 +408,28 @@ def save(keras, model, path, form):
         model.save(path)
 
 
+@contextlib.contextmanager
+def quickly_built(keras):
+    """Build layers without drawing their first values, which JAX compiles for each shape anew."""
+
+    def zeros(self, shape, dtype=None, **options):
+        return np.zeros(shape, dtype or "float32")
+
+    names = ["VarianceScaling", "Orthogonal", "RandomUniform", "RandomNormal"]
+    kinds = [getattr(keras.initializers, name) for name in names if is_keras3(keras)]
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(mock.patch.object(kind, "__call__", zeros))
+        yield
+
+
 @dataclass
 class ZooRun:
-    """Checkpoints of one model in several forms, and what ``get_weights()`` was at each."""
+    """Checkpoints of one model in several forms, and what it held at each."""
 
     keras: object
     model: object
-    paths: dict[str, list] = field(default_factory=dict)
+    paths: dict[str, list[Path]] = field(default_factory=dict)
     weights: list = field(default_factory=list)
     slots: list = field(default_factory=list)
     refused: dict[str, Exception] = field(default_factory=dict)
@@ -392,22 +438,21 @@ class ZooRun:
 def make_run(keras, build, folder, forms, checkpoints=2):
     """Save a family's model with new weights, `checkpoints` times, in each form that takes it."""
     keras.utils.set_random_seed(11)
-    keras.backend.clear_session()
-    run, rng = ZooRun(keras, build(keras)), np.random.default_rng(11)
+    keras.backend.clear_session(**({"free_memory": False} if is_keras3(keras) else {}))
+    with quickly_built(keras):
+        run, rng = ZooRun(keras, build(keras)), np.random.default_rng(11)
     for step in range(1, checkpoints + 1):
         run.model.set_weights(weights_for(run.model, rng))
-        if getattr(run.model, "optimizer", None) is not None:
-            set_slots(run.model, rng)
+        for variable in slots(run.model):
+            variable.assign(random_like(np.asarray(variable), rng, positive=True))
         run.weights.append(run.model.get_weights())
-        for form in forms:
-            if form in run.refused:
-                continue
-            where = os.path.join(folder, form)
-            os.makedirs(where, exist_ok=True)
-            path = os.path.join(where, f"model_{step}{SUFFIX[form]}")
+        run.slots.append([np.asarray(variable) for variable in slots(run.model)])
+        for form in [form for form in forms if form not in run.refused]:
+            path = Path(folder, form, f"model_{step}{SUFFIX[form]}")
+            path.parent.mkdir(exist_ok=True)
             try:
-                save(keras, run.model, path, form)
-            except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+                save(keras, run.model, str(path), form)
+            except (NotImplementedError, TypeError, ValueError) as error:
                 run.refused[form] = error
             else:
                 run.paths.setdefault(form, []).append(path)
