@@ -31,14 +31,14 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     checksums = tuple(m.checksum for m in members.values() if m.method == zips.STORED)
     with zipfile.ZipFile(path) as archive:
         config, metadata = (_text(path, archive, members.get(n)) for n in (_CONFIG, _METADATA))
+    entries = _entries(path, metadata)
     index = hdf5.same_layout(source, like, config)
     if index is None:
         with hdf5.opened(source) as file:
             collector = hdf5.Collector(source, opaque_dtype)
-            index = keras_weights.index_of(source, identity, file, collector, config)
-    return dataclasses.replace(
-        index, format="keras", checksums=checksums, metadata=_entries(path, metadata)
-    )
+            version = entries.get("keras_version", "3")
+            index = keras_weights.index_of(source, identity, file, collector, config, version)
+    return dataclasses.replace(index, format="keras", checksums=checksums, metadata=entries)
 
 
 def _weights(path: str, members: Mapping[str, zips.Member]) -> Source:

@@ -16,6 +16,7 @@ from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5, keras_weights
 from wavg.formats.hdf5 import Source
+from wavg.formats.keras_order import legacy_order
 from wavg.templates import Template
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
@@ -43,11 +44,11 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
                 f"{path}: an HDF5 file without Keras' layer_names; is it a model saved by Keras?",
                 path=path,
             )
-        tensors = _tensors(path, group, collector)
+        metadata = hdf5.texts(file)
+        tensors = _tensors(path, group, collector, {**hdf5.texts(group), **metadata})
         others = []
         if _OPTIMIZER in file:
             others = _layer(path, file, _OPTIMIZER, f"{_OPTIMIZER}/", collector)
-        metadata = hdf5.texts(file)
     collector.check()
     return Index(
         "keras-h5",
@@ -60,7 +61,10 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     )
 
 
-def _tensors(path: str, group: Any, collector: hdf5.Collector) -> list[TensorSpec]:
+def _tensors(
+    path: str, group: Any, collector: hdf5.Collector, texts: Mapping[str, str]
+) -> list[TensorSpec]:
+    """Return the model's tensors, in the order of ``get_weights()`` as far as that is known."""
     layers = hdf5.names_in(path, group, "layer_names")
     if _TOP_LEVEL in group and _TOP_LEVEL not in layers:
         layers.append(_TOP_LEVEL)
@@ -73,6 +77,11 @@ def _tensors(path: str, group: Any, collector: hdf5.Collector) -> list[TensorSpe
         if sorted(stored for _, stored in pairs) != sorted(by_path):
             raise CheckpointFormatError(f"{path}: {_NAMES} does not list its tensors", path=path)
         tensors = [by_path[stored]._replace(name=name) for name, stored in pairs]
+    else:
+        config = keras_weights.parsed(texts.get("model_config", ""))
+        version = texts.get("keras_version", "2")
+        order = legacy_order([spec.name for spec in tensors], config, keras_version=version)
+        tensors = [tensors[position] for position in order]
     if len({spec.name for spec in tensors}) != len(tensors):
         raise CheckpointFormatError(f"{path}: a tensor is listed twice", path=path)
     return tensors

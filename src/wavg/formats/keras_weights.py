@@ -6,6 +6,7 @@ to metrics lies beside the model's layers and is none of its tensors.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identif
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5
 from wavg.formats.hdf5 import Source
+from wavg.formats.hdf5_links import linked_order
+from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "index_of",
     "is_other",
     "others_of",
+    "parsed",
     "patch",
     "read_index",
     "recognises",
@@ -56,43 +60,54 @@ def index_of(
     file: Any,
     collector: hdf5.Collector,
     config: bytes = b"",
+    keras_version: str = "3",
 ) -> Index:
     """Return the index of an open file, its tensors in the order of ``get_weights()``.
 
-    The order is that in which they were written, as far as the layout does not tell a better one,
-    nor the model's configuration (JSON), where there is one.
+    See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
+    one.
     """
-    places: dict[str, int] = {}
+    written = linked_order(source.reader())
     found = []
     for name, thing in hdf5.members(source.path, file):
         if not hdf5.is_group(thing):
-            spec = collector.spec(name, thing)
-            stored = spec.extent.offset if spec.extent is not None else 0
-            places[name] = stored or source.base + hdf5.address(thing)
-            found.append(spec)
+            rank = written.get(name, hdf5.address(thing)) if written else hdf5.address(thing)
+            found.append((rank, natural(name), collector.spec(name, thing)))
     collector.check()
     if not found and not hdf5.has_names(file, hdf5.NAMES):
         raise CheckpointFormatError(f"{source.path}: holds no weights", path=source.path)
-    found.sort(key=lambda spec: (places[spec.name], natural(spec.name)))
-    tensors = [spec for spec in found if not is_other(spec.name)]
+    specs = [spec for *_, spec in sorted(found)]
+    tensors = [spec for spec in specs if not is_other(spec.name)]
+    names = [spec.name for spec in tensors]
     if hdf5.has_names(file, hdf5.NAMES):
-        by_name = {spec.name: spec for spec in tensors}
         names = hdf5.names_in(source.path, file, hdf5.NAMES)
+        by_name = {spec.name: spec for spec in tensors}
         if sorted(names) != sorted(by_name):
             raise CheckpointFormatError(
                 f"{source.path}: {hdf5.NAMES} does not list its tensors", path=source.path
             )
         tensors = [by_name[name] for name in names]
-    others = [spec for spec in found if is_other(spec.name)]
+    else:
+        order = weights_order(names, parsed(config), keras_version=keras_version)
+        tensors = [tensors[position] for position in order]
+    others = [spec for spec in specs if is_other(spec.name)]
     return Index(
         "keras-weights",
         (identity,),
         tuple(tensors),
         tuple(others),
         hdf5.texts(file),
-        hdf5.signature(source, found, config),
+        hdf5.signature(source, specs, config),
         reader_bytes=collector.reader_bytes,
     )
+
+
+def parsed(config: bytes | str) -> object:
+    """Return a configuration that is JSON, or None."""
+    try:
+        return json.loads(config)
+    except (ValueError, RecursionError):
+        return None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
