@@ -13,7 +13,7 @@ from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats import hdf5
+from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors
 from wavg.formats.hdf5 import Source
 from wavg.formats.hdf5_links import linked_order
 from wavg.formats.keras_order import weights_order
@@ -48,17 +48,17 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     """Walk the tree and find where each dataset's bytes lie."""
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5.same_layout(source, like)) is not None:
+    if (index := hdf5_tensors.same_layout(source, like)) is not None:
         return index
     with hdf5.opened(source) as file:
-        return index_of(source, identity, file, hdf5.Collector(source, opaque_dtype))
+        return index_of(source, identity, file, hdf5_tensors.Collector(source, opaque_dtype))
 
 
 def index_of(
     source: Source,
     identity: FileIdentity,
     file: Any,
-    collector: hdf5.Collector,
+    collector: hdf5_tensors.Collector,
     config: bytes = b"",
     keras_version: str = "3",
 ) -> Index:
@@ -97,7 +97,7 @@ def index_of(
         tuple(tensors),
         tuple(others),
         hdf5.texts(file),
-        hdf5.signature(source, specs, config),
+        hdf5_tensors.signature(source, specs, config),
         reader_bytes=collector.reader_bytes,
     )
 
@@ -129,10 +129,10 @@ def others_of(index: Index) -> set[str]:
     return {spec.name.partition("/")[0] for spec in index.others}
 
 
-def block_reader(index: Index) -> hdf5.BlockReader:
+def block_reader(index: Index) -> hdf5_tensors.BlockReader:
     """Return the reader of chunked datasets."""
     names = {spec.name: spec.name for spec in index.tensors}
-    return hdf5.BlockReader(Source(index.path), lambda file: names)
+    return hdf5_tensors.BlockReader(Source(index.path), lambda file: names)
 
 
 def patch(
@@ -144,7 +144,7 @@ def patch(
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
     drop = () if keep_others else others_of(index)
-    return [hdf5.rewrite(Source(index.path), Source(path), replaced, order, drop)]
+    return [hdf5_rewrite.rewrite(Source(index.path), Source(path), replaced, order, drop)]
 
 
 def create(
@@ -165,5 +165,5 @@ def create(
                     path=path,
                     tensor=spec.name,
                 )
-            hdf5.create_dataset(path, file, spec.name, spec)
-    return [hdf5.places(Source(path), {spec.name: spec for spec in specs})]
+            hdf5_rewrite.create_dataset(path, file, spec.name, spec)
+    return [hdf5_rewrite.places(Source(path), {spec.name: spec for spec in specs})]
