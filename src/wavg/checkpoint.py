@@ -6,11 +6,11 @@ format has to provide. It knows no format.
 
 from __future__ import annotations
 
+import itertools
 import math
-import operator
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -32,8 +32,11 @@ __all__ = [
     "Template",
     "TensorSpec",
     "complement",
+    "extent_table",
     "identify",
+    "in_order",
     "read_exactly",
+    "side_by_side",
 ]
 
 Array = npt.NDArray[Any]
@@ -370,17 +373,48 @@ class Sink(Protocol):
         """Store elements from position `start`, in storage order; called from many threads."""
 
 
-def complement(size: int, extents: Iterable[Extent]) -> list[tuple[Extent, int]]:
+def extent_table(extents: Sequence[Extent | None]) -> npt.NDArray[np.int64]:
+    """Return extents as rows (file, offset, length); what has none lies beside nothing, at the end.
+
+    Many small tensors cost little where what concerns all of them is asked of columns.
+    """
+    if None in extents:
+        extents = [extent or _NOWHERE for extent in extents]
+    numbers = itertools.chain.from_iterable(extents)  # type: ignore[arg-type]
+    return np.fromiter(numbers, np.int64, 3 * len(extents)).reshape(-1, 3)
+
+
+_NOWHERE = Extent((1 << 63) - 1, 0, 1)
+
+
+def in_order(table: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+    """Return the positions that sort extents by where they lie; equal ones keep their order."""
+    return np.lexsort(table.T[::-1])
+
+
+def side_by_side(table: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Say of each extent but the first whether it begins where the one before ends.
+
+    >>> side_by_side(extent_table([Extent(0, 0, 4), Extent(0, 4, 8), Extent(0, 16, 4), None]))
+    array([ True, False, False])
+    """
+    file, offset, length = table.T
+    adjoining: npt.NDArray[np.bool_] = (file[1:] == file[:-1]) & (
+        offset[1:] == offset[:-1] + length[:-1]
+    )
+    return adjoining
+
+
+def complement(size: int, extents: Sequence[Extent]) -> list[tuple[Extent, int]]:
     """Return what of a file's bytes lies outside the extents, as a template's `carry`.
 
     >>> complement(10, [Extent(0, 2, 3), Extent(0, 8, 2)])
     [(Extent(file=0, offset=0, length=2), 0), (Extent(file=0, offset=5, length=3), 5)]
     """
-    carry, position = [], 0
-    for _, offset, length in sorted(extents, key=operator.itemgetter(1)):
-        if offset > position:
-            carry.append((Extent(0, position, offset - position), position))
-        position = max(position, offset + length)
-    if position < size:
-        carry.append((Extent(0, position, size - position), position))
-    return carry
+    table = extent_table(extents)
+    _, offsets, lengths = table[in_order(table)].T
+    ends = np.maximum.accumulate(np.append(0, offsets + lengths))
+    starts = np.append(offsets, size)
+    holes = np.flatnonzero(starts > ends)
+    pairs = zip(ends[holes].tolist(), starts[holes].tolist(), strict=True)
+    return [(Extent(0, end, start - end), end) for end, start in pairs]

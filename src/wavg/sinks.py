@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Template
+from wavg.checkpoint import Checkpoint, Template, extent_table, side_by_side
 from wavg.plan import Plan
 from wavg.publish import AtomicFile
 
@@ -59,10 +58,8 @@ class FileSink:
 
     def joined(self, names: Sequence[str]) -> bool:
         """Do as `wavg.checkpoint.Sink.joined` says."""
-        extents = [self._targets[name].extent for name in names]
-        return all(
-            a is not None and b is not None and a.offset + a.length == b.offset
-            for a, b in itertools.pairwise(extents)
+        return bool(
+            side_by_side(extent_table([self._targets[name].extent for name in names])).all()
         )
 
     def write(self, name: str, start: int, values: Array) -> None:

@@ -208,7 +208,7 @@ class _Job:
         self, plans: Sequence[Plan], checkpoints: Sequence[Checkpoint], sinks: Sequence[Sink]
     ) -> None:
         self._plans, self._checkpoints, self._sinks = plans, checkpoints, sinks
-        self._options = plans[0].options
+        self._options, self._layouts = plans[0].options, plans[0].layouts
         matrix = np.zeros((len(plans), len(checkpoints)))
         for plan, row in zip(plans, matrix, strict=True):
             row[len(row) - len(plan.inputs) :] = plan.coefficients
@@ -271,10 +271,10 @@ class _Job:
                 self._combine_from_files(combiner, task, outs)
             else:
                 block = _view(buffer, (rows, count * parts), source.numpy)
-                for checkpoint, spec, row in zip(
-                    self._checkpoints, piece.sources, block, strict=True
+                for checkpoint, layout, row in zip(
+                    self._checkpoints, self._layouts, block, strict=True
                 ):
-                    checkpoint.read(spec, task.start, row.view(entry.numpy))
+                    checkpoint.read(piece.sources[layout], task.start, row.view(entry.numpy))
                 combiner(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
@@ -289,7 +289,8 @@ class _Job:
 
     def _combine_from_files(self, combiner: Combiner, task: _Average, outs: Array) -> None:
         """Have the kernel read the rows from where they lie."""
-        pairs = list(zip(self._checkpoints, task.run.sources, strict=True))
+        specs = [task.run.sources[layout] for layout in self._layouts]
+        pairs = list(zip(self._checkpoints, specs, strict=True))
         places = [checkpoint.place(spec, task.start) for checkpoint, spec in pairs]
         descriptors, offsets = zip(*places, strict=True)
         try:
@@ -341,7 +342,8 @@ class _Job:
         dtype = np.dtype(np.uint8) if entry.bits % 8 else entry.numpy
         size = (task.stop - task.start) * dtype.itemsize
         values = scratch.take(2 * size)[half * size : (half + 1) * size].view(dtype)
-        self._checkpoints[which].read(task.decision.sources[which], task.start, values)
+        spec = task.decision.sources[self._layouts[which]]
+        self._checkpoints[which].read(spec, task.start, values)
         return values
 
     def _refuse_difference(self, spec: TensorSpec, path: str) -> None:
