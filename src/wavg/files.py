@@ -10,7 +10,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -30,6 +29,8 @@ from wavg.publish import AtomicFile, refuse_existing
 from wavg.sinks import FileSink, MemorySink
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from typing_extensions import Unpack
 
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
@@ -402,7 +403,8 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    return open_file(os.fspath(path), opaque_dtype=opaque_dtype)
+    with _uncollected():
+        return open_file(os.fspath(path), opaque_dtype=opaque_dtype)
 
 
 def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]:

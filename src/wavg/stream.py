@@ -10,8 +10,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,9 @@ from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combination, Combiner, reads_files
 from wavg.plan import Decision, Plan
 from wavg.runs import Run, make_runs
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 __all__ = ["run"]
 
@@ -72,6 +74,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_single_blas_thread())
         if executor is None:
+            from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
+
             executor = stack.enter_context(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
@@ -86,7 +90,7 @@ def run(
             if progress is not None:
                 progress(outcome.bytes_read)
     firsts = [len(checkpoints) - len(plan.inputs) for plan in plans]
-    names = [decision.spec.name for decision in plan.decisions if decision.spec.name in newest]
+    names = [d.spec.name for d in plan.decisions if d.compare and d.spec.name in newest]
     return [tuple(name for name in names if newest[name] >= first) for first in firsts]
 
 
@@ -168,6 +172,8 @@ def _submit_all(
     executor: Executor, job: _Job, chunks: Iterator[list[_Average | _Carry]], workers: int
 ) -> Iterator[_Outcome]:
     """Keep the workers busy; whatever goes wrong, return only when none is at work."""
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     pending: set[Future[_Outcome]] = set()
     try:
         while True:
