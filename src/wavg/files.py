@@ -10,7 +10,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
@@ -31,6 +30,8 @@ from wavg.sinks import FileSink, MemorySink
 from wavg.templates import Template, can_patch_in_place, in_place
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from typing_extensions import Unpack
 
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
@@ -487,7 +488,8 @@ def open_checkpoint(
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+    with _uncollected():
+        checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
     try:
         _verify_checksums([checkpoint], _available_cores())
     except BaseException:
@@ -660,6 +662,8 @@ def _verify_checksums(
     pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
     if not pairs:
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
         for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
             if tick is not None:
