@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "checkpoint": "extents errors",
     "templates": "checkpoint extents",
     "publish": "errors",
-    "plan": "checkpoint weights kernel errors",
+    "alignment": "checkpoint errors",
+    "plan": "alignment checkpoint weights kernel errors",
     "runs": "extents plan checkpoint errors",
     "stream": "runs plan checkpoint kernel errors",
     "sinks": "extents plan checkpoint publish templates errors",
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,
-    "cli": f"files kernel sweep demo weights errors inputs plan {FACE}",
+    "cli": f"alignment files kernel sweep demo weights errors inputs plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(MAY_IMPORT.keys() - {"cli", "demo"})

@@ -70,6 +70,7 @@ class PlanOptions(TypedDict, total=False):
     dtype: str | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    align: str
     optimizer: str
     integers: str
     allow_nonfinite: bool
@@ -136,6 +137,7 @@ def average_checkpoints(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -175,6 +177,9 @@ def average_checkpoints(
         Write averaged tensors in this floating-point format rather than their own.
     include, exclude
         Globs over tensor names: average only these; take these from the newest.
+    align
+        Tensors belong together that have the same ``"name"``, or, for runs whose automatic names
+        differ (``dense``, ``dense_3``), the same ``"position"``; shapes and dtypes must agree.
     optimizer
         ``"carry"`` the newest's optimizer state over, or ``"drop"`` it.
     integers
@@ -245,6 +250,7 @@ def average_checkpoints(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -410,6 +416,7 @@ def plan_average(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -436,6 +443,7 @@ def plan_average(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,

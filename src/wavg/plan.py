@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from wavg.alignment import ALIGNMENTS, align
 from wavg.checkpoint import Index, TensorSpec
 from wavg.dtypes import DTYPES, lookup
-from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
+from wavg.errors import MemoryBudgetError, WavgError
 from wavg.kernel import reads_files, scratch_bytes
 from wavg.weights import Figures, figures
 
@@ -34,6 +35,7 @@ __all__ = [
 
 MIB = 1 << 20
 _BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
+_UNPACKED_BYTES = 16 << 20  # of compressed tensors: chunks are unpacked whole, for every block
 _SMALLEST_BLOCK = 1_024
 # Measured by tests/test_memory.py, which fails if a run needs more than its plan says.
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
@@ -50,6 +52,7 @@ class Options:
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    align: str = "name"
     optimizer: str = "carry"
     integers: str = "reference"
     allow_nonfinite: bool = False
@@ -57,6 +60,8 @@ class Options:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"align must be 'name' or 'position', not {self.align!r}")
         if self.optimizer not in ("carry", "drop"):
             raise ValueError(f"optimizer must be 'carry' or 'drop', not {self.optimizer!r}")
         if self.integers not in ("reference", "error"):
@@ -167,6 +172,14 @@ class Plan:
         return [decision for decision in self.decisions if decision.action == "average"]
 
     @property
+    def paired(self) -> dict[str, tuple[str, ...]]:
+        """Tensors that have other names in other inputs, and these names."""
+        names = {
+            d.spec.name: tuple(dict.fromkeys(s.name for s in d.sources)) for d in self.decisions
+        }
+        return {name: found[1:] for name, found in names.items() if len(found) > 1}
+
+    @property
     def carried(self) -> list[Decision]:
         """The decisions to carry over from the reference."""
         return [decision for decision in self.decisions if decision.action == "carry"]
@@ -234,7 +247,7 @@ def make_plans(
     """
     reference = indexes[-1]
     in_memory = output_format is None
-    layouts, sources = _align(indexes)
+    layouts, sources = align(indexes, options.align)
     _check_patterns(reference, options)
     decisions, elements = _decide(reference, sources, options)
     if not any(kind.action == "average" for kind in elements):
@@ -277,55 +290,6 @@ def make_plans(
             )
         )
     return plans
-
-
-def _align(
-    indexes: Sequence[Index],
-) -> tuple[tuple[int, ...], Iterable[tuple[TensorSpec, ...]]]:
-    """Match tensors by name; list every difference of the inputs to the reference.
-
-    Returns the layout of every input, and of every tensor of the reference the sources.
-    """
-    reference = indexes[-1]
-    distinct = {id(index.tensors): index.tensors for index in reversed(indexes)}
-    numbers = dict(zip(distinct, itertools.count()))
-    layouts = tuple(numbers[id(index.tensors)] for index in indexes)
-    if len(distinct) == 1:
-        return layouts, zip(reference.tensors)
-    by_name = [{spec.name: spec for spec in table} for table in distinct.values()]
-    tables = [by_name[layout] for layout in layouts]
-    differences: list[str] = []
-    for index, table in zip(indexes[:-1], tables[:-1], strict=True):
-        if table is tables[-1]:
-            continue
-        if index.format != reference.format:
-            differences.append(f"{index.path}: {index.format}, not {reference.format}")
-            continue
-        for name, spec in tables[-1].items():
-            found = table.get(name)
-            if found is None:
-                differences.append(f"{index.path}: lacks {name} ({spec.describe()})")
-            elif found.describe() != spec.describe():
-                differences.append(
-                    f"{index.path}: {name} is {found.describe()}, not {spec.describe()}"
-                )
-        differences += [
-            f"{index.path}: also has {name} ({spec.describe()})"
-            for name, spec in table.items()
-            if name not in tables[-1]
-        ]
-    if differences:
-        raise StructureMismatchError(
-            f"{_count_of(differences)} between the inputs and the newest, {reference.path}:\n  "
-            + "\n  ".join(differences),
-            differences=differences,
-        )
-    names = [spec.name for spec in reference.tensors]
-    return layouts, zip(*(map(table.__getitem__, names) for table in by_name), strict=True)
-
-
-def _count_of(differences: Sequence[str]) -> str:
-    return f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -454,9 +418,9 @@ def _fit(
     total = sum(elements.values())  # neighbours are read as one
     kinds = [kind for kind in elements if kind.action == "average" or kind.compare]
     widest = max(lookup(kind.source).itemsize for kind in kinds if kind.action == "average")
-    wanted = max(1, min(_BLOCK_BYTES // widest, total))
-    most = max(1, min(options.workers, -(-total // wanted)))
     in_place = all(spec.extent is not None for table in tables for spec in table)
+    wanted = max(1, min((_BLOCK_BYTES if in_place else _UNPACKED_BYTES) // widest, total))
+    most = max(1, min(options.workers, -(-total // wanted)))
     if not in_place:
         most = 1  # compressed bytes can only be read in their order
     for workers in range(most, 0, -1):
