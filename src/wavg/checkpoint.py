@@ -376,11 +376,9 @@ class Sink(Protocol):
 def extent_table(extents: Sequence[Extent | None]) -> npt.NDArray[np.int64]:
     """Return extents as rows (file, offset, length); what has none lies beside nothing, at the end.
 
-    Many small tensors cost little where what concerns all of them is asked of columns.
+    There may be very many: what is asked of all of them is asked of columns.
     """
-    if None in extents:
-        extents = [extent or _NOWHERE for extent in extents]
-    numbers = itertools.chain.from_iterable(extents)  # type: ignore[arg-type]
+    numbers = itertools.chain.from_iterable([extent or _NOWHERE for extent in extents])
     return np.fromiter(numbers, np.int64, 3 * len(extents)).reshape(-1, 3)
 
 

@@ -90,7 +90,7 @@ class Decision(NamedTuple):
     reason
         Why it is carried over; empty for an averaged one.
     output
-        The tensor as it is to be written; without an extent where that cannot be in its place.
+        The tensor as it is to be written; one of another dtype has no extent yet.
     compare
         Whether the inputs' values are compared, and a difference reported.
     """
@@ -287,7 +287,7 @@ def _align(
     """
     reference = indexes[-1]
     distinct = {id(index.tensors): index.tensors for index in reversed(indexes)}
-    numbers = dict(zip(distinct, itertools.count()))
+    numbers = {key: number for number, key in enumerate(distinct)}
     layouts = tuple(numbers[id(index.tensors)] for index in indexes)
     if len(distinct) == 1:
         return layouts, zip(reference.tensors)

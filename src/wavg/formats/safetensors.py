@@ -178,7 +178,7 @@ def _extent(spec: TensorSpec) -> Extent:
 def patch(
     reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, path: str
 ) -> Template:
-    """Replace the numbers of `specs`; with other dtypes the header is written anew."""
+    """Replace the numbers of `specs`; for other dtypes, without extents, all is laid out anew."""
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
     extents = [spec.extent for spec in specs if spec.extent is not None]
