@@ -88,7 +88,7 @@ class Collector:
         chunk = math.prod(shape) * spec.entry.itemsize
         if chunk > 2 * max(spec.nbytes, _CHUNK_CACHE):
             raise self.bad(spec.name, f"is stored in chunks of {chunk:,} bytes, more than its own")
-        counts = [-(-size // width) for size, width in zip(spec.shape, shape, strict=True)]
+        counts = _counts(spec.shape, shape)
         expected, written = math.prod(counts), int(dataset.get_num_chunks())
         if expected != written or expected > MOST_OBJECTS:
             raise self.bad(spec.name, f"has {written:,} of its {expected:,} chunks")
@@ -136,6 +136,11 @@ class Collector:
             if extent.offset < end:
                 raise self.bad(name, f"shares its bytes with {before}")
             end, before = extent.offset + extent.length, name
+
+
+def _counts(shape: Sequence[int], chunk: Sequence[int]) -> list[int]:
+    """Return how many chunks there are along each axis."""
+    return [-(-size // width) for size, width in zip(shape, chunk, strict=True)]
 
 
 def _cache_bytes(chunk: int, row: int) -> int:
@@ -227,12 +232,10 @@ class BlockReader:
             return h5py.Dataset(dataset)
         shape = properties.get_chunk()
         chunk = math.prod(shape) * dataset.dtype.itemsize
-        row = chunk * math.prod(
-            -(-a // b) for a, b in zip(dataset.shape[1:], shape[1:], strict=True)
-        )
-        self._rows = shape[0] * max(1, _CHUNKS_AT_ONCE // math.prod(counts[1:]))
+        across = math.prod(_counts(dataset.shape, shape)[1:])
+        self._rows = shape[0] * max(1, _CHUNKS_AT_ONCE // across)
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        access.set_chunk_cache(521, _cache_bytes(chunk, row), 1.0)
+        access.set_chunk_cache(521, _cache_bytes(chunk, across * chunk), 1.0)
         name = self._stored[name]
         return h5py.Dataset(h5py.h5d.open(self._file.id, name.encode(), access))
 
