@@ -672,10 +672,13 @@ def _verify_checksums(
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
+    try:
         for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
             if tick is not None:
                 tick(size)
+    finally:
+        pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
 
 
 def _verify(checkpoints: Iterable[Checkpoint]) -> None:
