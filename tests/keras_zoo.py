@@ -299,12 +299,15 @@ def _of_policy(policy):
 
 def thousands(keras, count=2000):
     """So many layers, and names so long, that the legacy form has to split its lists of names."""
-    shared = {"use_bias": False}
-    stack = [
-        keras.layers.Dense(1, name=f"a_layer_with_quite_a_long_name_{i * 7919 % count}", **shared)
-        for i in range(count)
-    ]
-    return keras.Sequential([keras.Input((1,)), *stack])
+    inputs = keras.Input((1,))
+    ends = []
+    for branch in range(0, count, 50):  # one long chain exceeds Python's depth of recursion
+        x = inputs
+        for i in range(branch, branch + 50):
+            name = f"a_layer_with_quite_a_long_name_{i * 7919 % count}"
+            x = keras.layers.Dense(1, use_bias=False, name=name)(x)
+        ends.append(x)
+    return keras.Model(inputs, keras.layers.Add()(ends))
 
 
 # With an optimizer
