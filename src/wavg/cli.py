@@ -248,6 +248,12 @@ def _add_opaque(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--opaque-dtype", choices=("bfloat16",), help="what unnamed two-byte values of a .h5 are"
     )
+    command.add_argument(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look into HDF5 files in a process of its own, which a hostile file may crash",
+    )
 
 
 def _positive(text: str) -> int:
@@ -286,6 +292,7 @@ def _average(options: argparse.Namespace) -> None:
             "integers",
             "allow_nonfinite",
             "opaque_dtype",
+            "isolate",
             "max_memory",
             "workers",
         )
@@ -469,7 +476,9 @@ def _weights(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    with open_checkpoint(options.path, opaque_dtype=options.opaque_dtype) as checkpoint:
+    with open_checkpoint(
+        options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
+    ) as checkpoint:
         index = checkpoint.index
     if options.json:
         print(

@@ -10,24 +10,25 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from wavg import stream
 from wavg import weights as schedules
-from wavg.checkpoint import Checkpoint, Template, TensorSpec
+from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
-from wavg.errors import OutputError
-from wavg.formats import format_of_output, load_module, open_file
+from wavg.errors import OutputError, OutputExistsError
+from wavg.formats import Format, format_of_output, load_module, open_file, parts_of
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.publish import AtomicFile, refuse_existing
 from wavg.sinks import FileSink, MemorySink
+from wavg.templates import Template, can_patch_in_place, in_place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,6 +73,7 @@ class PlanOptions(TypedDict, total=False):
     integers: str
     allow_nonfinite: bool
     opaque_dtype: str | None
+    isolate: bool
     max_memory: int | str
     workers: int | None
 
@@ -137,6 +139,7 @@ def average_checkpoints(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     overwrite: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -180,6 +183,8 @@ def average_checkpoints(
         Let NaN and infinities through in place of an error.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values, as a Keras ``.h5`` has them, to be so.
+    isolate
+        Look into HDF5 files in a process of their own, as for `open_checkpoint`.
     overwrite
         Replace an existing output. It may be one of the inputs.
     max_memory
@@ -250,9 +255,10 @@ def average_checkpoints(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite)
-    with _opened(paths, opaque_dtype, len(targets)) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
+            _verify_checksums(checkpoints, plans[0].workers, tick)
             if not targets:
                 memory = [MemorySink(plan) for plan in plans]
                 stream.run(plans, checkpoints, memory, executor=executor, progress=tick)
@@ -273,25 +279,97 @@ def _write(
     tick: Callable[[int], object] | None,
 ) -> list[tuple[str, ...]]:
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
+    reference = checkpoints[-1]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in targets]
-        templates, sinks = [], []
-        for plan, target, file in zip(plans, targets, files, strict=True):
-            with file.failures(), _uncollected():
-                templates.append(_template(plan, checkpoints[-1], target, file.temporary))
-            sinks.append(FileSink(file, templates[-1], checkpoints[-1]))
+        outputs = []
+        for plan, target in zip(plans, targets, strict=True):
+            row = format_of_output(target, reference.index)
+            paths = parts_of(row, target, reference.index if plan.patches else None)
+            if len(paths) > 1 and overwrite:
+                _refuse_replacing(paths)
+            files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
+            with _failures(files), _uncollected():
+                templates = _templates(row, plan, reference, files)
+            outputs.append(_Output(files, templates, FileSink(files, templates, reference)))
+        sinks = [output.sink for output in outputs]
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
-        for template, file in zip(templates, files, strict=True):
+        for output in outputs:
+            output.finish()
+        _verify(checkpoints)
+        for output in outputs:
+            for file in output.files:
+                file.sync()
+                refuse_existing(file.path, overwrite)
+        for output in outputs:
+            output.commit()
+    return differing
+
+
+class _Output(NamedTuple):
+    """The files of one average in the making; the first names the others, and appears last."""
+
+    files: list[AtomicFile]
+    templates: list[Template]
+    sink: FileSink
+
+    def finish(self) -> None:
+        for template, file in zip(self.templates, self.files, strict=True):
             if template.finish is not None:
                 with file.failures():
                     template.finish(file.descriptor)
-        _verify(checkpoints)
-        for path, file in zip(targets, files, strict=True):
-            file.sync()
-            refuse_existing(path, overwrite)
+
+    def commit(self) -> None:
+        done: list[AtomicFile] = []
+        try:
+            for file in reversed(self.files):
+                file.commit()
+                done.append(file)
+        except BaseException:
+            for file in done:  # without the file that names them they are nothing
+                file.withdraw()
+            raise
+
+
+def _refuse_replacing(paths: Sequence[str]) -> None:
+    """Refuse to replace one of several files after the other: between, they would not match."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise OutputExistsError(
+                f"{path} exists, and an output of {len(paths)} files cannot be replaced at one "
+                "instant; remove it, or choose another output",
+                path=path,
+            )
+
+
+@contextlib.contextmanager
+def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
+    """Have failures in making any of the files name where they were to appear."""
+    with contextlib.ExitStack() as stack:
         for file in files:
-            file.commit()
-    return differing
+            stack.enter_context(file.failures())
+        yield
+
+
+def _templates(
+    row: Format, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
+) -> list[Template]:
+    averaged = [decision.output for decision in plan.averaged]
+    paths = [file.temporary for file in files]
+    templates: list[Template]
+    if not plan.patches:
+        everything = [decision.output._replace(extent=None) for decision in plan.decisions]
+        templates = load_module(row.name).create(everything, {}, paths)
+        return templates
+    if can_patch_in_place(reference.index, averaged, plan.keep_others):
+        templates = in_place(reference.index, averaged)
+    else:
+        module = load_module(row.name)
+        templates = module.patch(reference, averaged, plan.keep_others, paths)
+    if row.several:
+        names = [file.path for file in files]
+        module = load_module(row.name)
+        templates[0] = module.renamed(reference, averaged, plan.keep_others, names)
+    return templates
 
 
 class OnePlan(PlanOptions, total=False):
@@ -335,6 +413,7 @@ def plan_average(
     integers: str = "reference",
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
+    isolate: bool = False,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
 ) -> Plan | list[Plan]:
@@ -367,12 +446,14 @@ def plan_average(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
-    with _opened(paths, opaque_dtype) as checkpoints:
+    with _opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
     return plans if grid.many else plans[0]
 
 
-def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> Checkpoint:
     """Open a checkpoint: an ordered mapping from tensor names to lazy tensors.
 
     Parameters
@@ -381,6 +462,10 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
         A Keras ``.h5``, safetensors or ``.npz`` file; its content tells which.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values to be so.
+    isolate
+        Look into an HDF5 file in a process of its own, for files from strangers: one that crashes
+        the HDF5 library, or keeps it busy for more than 10 s, is then a `CheckpointFormatError`.
+        The process starts with the first such file, in some 0.2 s, and stays for the next ones.
 
     Returns
     -------
@@ -402,10 +487,18 @@ def open_checkpoint(path: PathLike, *, opaque_dtype: str | None = None) -> Check
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    return open_file(os.fspath(path), opaque_dtype=opaque_dtype)
+    checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+    try:
+        _verify_checksums([checkpoint], _available_cores())
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
-def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]:
+def load(
+    path: PathLike, *, opaque_dtype: str | None = None, isolate: bool = False
+) -> dict[str, Array]:
     """Read all tensors of a checkpoint into an ordered dict.
 
     Parameters are those of `open_checkpoint`. Optimizer state is not part of the model. Costs one
@@ -419,7 +512,7 @@ def load(path: PathLike, *, opaque_dtype: str | None = None) -> dict[str, Array]
     >>> list(wavg.load(path).items())
     [('b', array([1.], dtype=float32)), ('a', array([0, 1]))]
     """
-    with open_checkpoint(path, opaque_dtype=opaque_dtype) as checkpoint:
+    with open_checkpoint(path, opaque_dtype=opaque_dtype, isolate=isolate) as checkpoint:
         tensors = {name: tensor.read() for name, tensor in checkpoint.items()}
         checkpoint.verify_unchanged()
     return tensors
@@ -465,15 +558,13 @@ def save(
     module = load_module(format_of_output(target).name)
     with AtomicFile(target, overwrite=overwrite) as file:
         with file.failures():
-            template = module.create(specs, metadata or {}, file.temporary)
-        sink = FileSink(file, template, None)
+            templates = module.create(specs, metadata or {}, [file.temporary])
+        output = _Output([file], templates, FileSink([file], templates, None))
         for name, array in arrays.items():
             if array.size:
-                sink.write(name, 0, array.reshape(-1))
-        if template.finish is not None:
-            with file.failures():
-                template.finish(file.descriptor)
-        file.commit()
+                output.sink.write(name, 0, array.reshape(-1))
+        output.finish()
+        output.commit()
 
 
 def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
@@ -510,7 +601,7 @@ def _allow_open_files(count: int) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    paths: Sequence[str], opaque_dtype: str | None, outputs: int = 1
+    paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
 ) -> Iterator[list[Checkpoint]]:
     _allow_open_files(len(paths) + outputs)
     with contextlib.ExitStack() as stack:
@@ -518,7 +609,7 @@ def _opened(
         with _uncollected():
             for path in paths:
                 like = checkpoints[-1].index if checkpoints else None
-                opened = open_file(path, opaque_dtype=opaque_dtype, like=like)
+                opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
                 checkpoints.append(stack.enter_context(opened))
         yield checkpoints
 
@@ -549,30 +640,30 @@ def _plans(
         Weighting(str(rule), rule(steps[-number:]), target)
         for (rule, number), target in zip(cells, outputs, strict=True)
     ]
+    reference = checkpoints[-1].index
+    created = format_of_output(targets[0], reference) if targets else None
     with _uncollected():
         return make_plans(
             [checkpoint.index for checkpoint in checkpoints],
             steps,
             weightings,
             options,
-            patches=bool(targets) and _patches(checkpoints[-1], targets[0]),
-            output_format=format_of_output(targets[0]).name if targets else None,
+            patches=created is not None and created.name == reference.format,
+            output_format=created.name if created else None,
         )
 
 
-def _patches(reference: Checkpoint, output: str) -> bool:
-    return format_of_output(output).name == reference.index.format
-
-
-def _template(plan: Plan, reference: Checkpoint, output: str, temporary: str) -> Template:
-    module = load_module(format_of_output(output).name)
-    if _patches(reference, output):
-        averaged = [decision.output for decision in plan.averaged]
-        template: Template = module.patch(reference, averaged, plan.keep_others, temporary)
-        return template
-    everything = [decision.output._replace(extent=None) for decision in plan.decisions]
-    created: Template = module.create(everything, {}, temporary)
-    return created
+def _verify_checksums(
+    checkpoints: Iterable[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
+) -> None:
+    """Compare what files record of their own bytes with these, several at a time."""
+    pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
+    if not pairs:
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
+        for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
+            if tick is not None:
+                tick(size)
 
 
 def _verify(checkpoints: Iterable[Checkpoint]) -> None:

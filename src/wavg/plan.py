@@ -243,6 +243,7 @@ def make_plans(
         everywhere = decision.action == "average" or decision.compare
         read += size * (len(indexes) if everywhere else 1)
         result += size if decision.output is decision.spec else decision.output.nbytes
+    read += sum(checksum.extent.length for index in indexes for checksum in index.checksums)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
     plans = []
     for schedule, coefficients, output in weightings:
@@ -380,8 +381,8 @@ def _fit(
     tables = {id(index.tensors): index.tensors for index in indexes}.values()
     others = sum(len(index.others) for index in indexes)
     fixed = _BASE_BYTES + _SPEC_BYTES * (sum(map(len, tables)) + others)
-    if "keras-h5" in (created, *(index.format for index in indexes)):
-        fixed += _HDF5_BYTES
+    if any(name and name.startswith("keras") for name in (created, indexes[-1].format)):
+        fixed += _HDF5_BYTES + sum(index.reader_bytes for index in indexes)
     if created is not None:
         fixed += _CREATED_BYTES * len(decisions) * outputs
     total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one

@@ -164,6 +164,12 @@ class AtomicFile:
                 self._publish_new()
             self._sync_folder()
 
+    def withdraw(self) -> None:
+        """Remove what `commit` let appear, if it replaced nothing."""
+        if not self._overwrite:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._destination)
+
     def _publish_new(self) -> None:
         # A hard link fails where a file has appeared meanwhile; a rename would replace it.
         try:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Template
+from wavg.checkpoint import Checkpoint, Extent
 from wavg.plan import Plan
 from wavg.publish import AtomicFile
+from wavg.templates import Template
 
 __all__ = ["FileSink", "MemorySink"]
 
@@ -42,16 +43,27 @@ class MemorySink:
 
 
 class FileSink:
-    """Writes results to their places in a temporary file made after a template."""
+    """Writes results to their places in temporary files made after templates, one a file."""
 
-    def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:
-        self._file, self._targets = file, template.targets
-        file.resize(template.size)
-        if template.head:
-            file.write(template.head, 0)
-        for extent, offset in template.carry:
-            assert reference is not None  # only a patched reference carries anything over
-            file.copy_from(reference.descriptor(extent.file), extent.offset, extent.length, offset)
+    def __init__(
+        self,
+        files: Sequence[AtomicFile],
+        templates: Sequence[Template],
+        reference: Checkpoint | None,
+    ) -> None:
+        self._files = files
+        self._targets: dict[str, tuple[AtomicFile, Extent]] = {}
+        for file, template in zip(files, templates, strict=True):
+            for name, spec in template.targets.items():
+                assert spec.extent is not None  # a target is a place
+                self._targets[name] = file, spec.extent
+            file.resize(template.size)
+            for offset, data in template.pieces:
+                file.write(data, offset)
+            for extent, offset in template.carry:
+                assert reference is not None  # only a patched reference carries anything over
+                source = reference.descriptor(extent.file)
+                file.copy_from(source, extent.offset, extent.length, offset)
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
@@ -59,14 +71,13 @@ class FileSink:
 
     def joined(self, names: Sequence[str]) -> bool:
         """Do as `wavg.checkpoint.Sink.joined` says."""
-        extents = [self._targets[name].extent for name in names]
+        places = [self._targets[name] for name in names]
         return all(
-            a is not None and b is not None and a.offset + a.length == b.offset
-            for a, b in itertools.pairwise(extents)
+            left is right and a.offset + a.length == b.offset
+            for (left, a), (right, b) in itertools.pairwise(places)
         )
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Do as `wavg.checkpoint.Sink.write` says."""
-        extent = self._targets[name].extent
-        assert extent is not None  # a target is a place
-        self._file.write(values, extent.offset + start * values.itemsize)
+        file, extent = self._targets[name]
+        file.write(values, extent.offset + start * values.itemsize)

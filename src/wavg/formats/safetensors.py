@@ -13,9 +13,10 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wavg.checkpoint import Checkpoint, Extent, Index, Template, TensorSpec, complement, identify
+from wavg.checkpoint import Checkpoint, Extent, Index, TensorSpec, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
+from wavg.templates import Template
 
 __all__ = ["create", "patch", "read_index"]
 
@@ -147,31 +148,30 @@ def _extent(spec: TensorSpec) -> Extent:
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, path: str
-) -> Template:
-    """Replace the numbers of `specs`; with other dtypes the header is written anew."""
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+) -> list[Template]:
+    """Write the header anew, for other dtypes."""
     index = reference.index
-    size = index.files[0].size
     replaced = {spec.name: spec for spec in specs}
-    if all(spec.dtype == reference.spec(spec.name).dtype for spec in specs):
-        targets = {name: reference.spec(name) for name in replaced}
-        return Template(size, targets, carry=complement(size, map(_extent, targets.values())))
     everything = [
         replaced[spec.name]._replace(extent=None) if spec.name in replaced else spec
         for spec in index.tensors
     ]
-    fresh = create(everything, index.metadata, path)
+    (fresh,) = create(everything, index.metadata, paths)
     carry = [
         (_extent(spec), _extent(fresh.targets[spec.name]).offset)
         for spec in index.tensors
         if spec.name not in replaced
     ]
     targets = {name: fresh.targets[name] for name in replaced}
-    return fresh._replace(targets=targets, carry=carry)
+    return [fresh._replace(targets=targets, carry=carry)]
 
 
-def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) -> Template:
+def create(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
+) -> list[Template]:
     """Lay out a new file: the header in the order given, the data so that all is aligned."""
+    (path,) = paths
     offsets, position = {}, 0
     for spec in sorted(specs, key=lambda spec: -spec.entry.bits):
         offsets[spec.name] = position
@@ -197,4 +197,4 @@ def create(specs: Sequence[TensorSpec], metadata: Mapping[str, str], path: str) 
         spec.name: spec._replace(extent=Extent(0, base + offsets[spec.name], spec.nbytes))
         for spec in specs
     }
-    return Template(base + position, targets, head=len(text).to_bytes(8, "little") + text)
+    return [Template(base + position, targets, [(0, len(text).to_bytes(8, "little") + text)])]
