@@ -75,10 +75,9 @@ def test_load_is_get_weights_in_order_with_these_exceptions(run_of):
 
 
 def test_thousands_of_layers(tmp_path_factory, tmp_path):
-    run = zoo_contract.runs_of(keras, tmp_path_factory, FORMS)(thousands)
-    for form in FORMS:
-        zoo_contract.check_weights(run, form, tmp_path)
-        assert zoo_contract.is_in_order(run, form)
+    run = zoo_contract.runs_of(keras, tmp_path_factory, ["h5"])(thousands)
+    zoo_contract.check_weights(run, "h5", tmp_path)
+    assert zoo_contract.is_in_order(run, "h5")
 
 
 @pytest.mark.parametrize("form", ["weights", "keras"])

@@ -50,7 +50,7 @@ def assert_is_the_average(ours, run):
 
 def average(run, form, folder, **options):
     """Average a run's files to a file of the same form; return its path and the report."""
-    output = Path(folder) / f"average{keras_zoo.SUFFIX[form]}"
+    output = Path(folder) / f"{form}_average{keras_zoo.SUFFIX[form]}"
     paths = run.paths[form]
     return output, wavg.average_checkpoints(paths, output, weights="linear", **options)
 
@@ -100,7 +100,7 @@ def assert_only_numbers_changed(newest, output, report):
         if newest.suffix == ".keras":
             places += checksums_of(newest)
         before, after = Path(was.path).read_bytes(), Path(now.path).read_bytes()
-        assert before != after
+        assert (before != after) == bool(places)  # a shard may hold the optimizer alone
         assert changed_outside(before, after, places) == []
     if newest.suffix == ".keras":
         with zipfile.ZipFile(output) as archive:
@@ -136,8 +136,10 @@ def check_model(run, form, folder):
     model = loaded_model(run, output, compile=False)
     assert_is_the_average(model.get_weights(), run)
     if run.slots[-1] and form == "keras":
-        ours = [np.asarray(variable) for variable in keras_zoo.slots(loaded_model(run, output))]
-        assert_bitwise_equal(ours, run.slots[-1])
+        compiled = loaded_model(run, output)
+        assert compiled.optimizer.get_config() == run.model.optimizer.get_config()
+        slots = [np.asarray(variable) for variable in keras_zoo.slots(compiled)]
+        assert_bitwise_equal(slots, run.slots[-1])
 
 
 def is_in_order(run, form, **options):
@@ -191,7 +193,7 @@ def assert_the_checks_see_planted_errors(run, form, tmp_path):
     planted = bytearray(data)
     planted[spec.extent.offset + 2] ^= 255
     path.write_bytes(planted)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((AssertionError, zipfile.BadZipFile)):
         assert_is_the_average(loaded_weights(run, output), run)
     path.write_bytes(data)
     assert_only_numbers_changed(newest, output, report)
