@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats import hdf5, keras_weights, zips
+from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_weights, zips
 from wavg.formats.hdf5 import Source
 from wavg.templates import Template, mend
 
@@ -31,14 +31,14 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     checksums = tuple(m.checksum for m in members.values() if m.method == zips.STORED)
     with zipfile.ZipFile(path) as archive:
         config, metadata = (_text(path, archive, members.get(n)) for n in (_CONFIG, _METADATA))
-    index = hdf5.same_layout(source, like, config)
+    entries = _entries(path, metadata)
+    index = hdf5_tensors.same_layout(source, like, config)
     if index is None:
         with hdf5.opened(source) as file:
-            collector = hdf5.Collector(source, opaque_dtype)
-            index = keras_weights.index_of(source, identity, file, collector, config)
-    return dataclasses.replace(
-        index, format="keras", checksums=checksums, metadata=_entries(path, metadata)
-    )
+            collector = hdf5_tensors.Collector(source, opaque_dtype)
+            version = entries.get("keras_version", "3")
+            index = keras_weights.index_of(source, identity, file, collector, config, version)
+    return dataclasses.replace(index, format="keras", checksums=checksums, metadata=entries)
 
 
 def _weights(path: str, members: Mapping[str, zips.Member]) -> Source:
@@ -76,11 +76,11 @@ def _entries(path: str, text: bytes) -> dict[str, str]:
     return {key: value for key, value in table.items() if isinstance(value, str)}
 
 
-def block_reader(index: Index) -> hdf5.BlockReader:
+def block_reader(index: Index) -> hdf5_tensors.BlockReader:
     """Return the reader of chunked datasets."""
     names = {spec.name: spec.name for spec in index.tensors}
     source = _weights(index.path, {m.name: m for m in zips.read_members(index.path)})
-    return hdf5.BlockReader(source, lambda file: names)
+    return hdf5_tensors.BlockReader(source, lambda file: names)
 
 
 def patch(
@@ -102,7 +102,7 @@ def patch(
         if weights.payload.offset == base:
             break
         base = weights.payload.offset  # anew if the weights' size makes their header longer
-        skeleton = hdf5.rewrite(source, Source(path, base), replaced, order, drop)
+        skeleton = hdf5_rewrite.rewrite(source, Source(path, base), replaced, order, drop)
         size = skeleton.size
     carry = [
         (old.payload, new.payload.offset)

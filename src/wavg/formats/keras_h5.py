@@ -14,8 +14,9 @@ import h5py
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats import hdf5, keras_weights
+from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_weights
 from wavg.formats.hdf5 import Source
+from wavg.formats.keras_order import legacy_order
 from wavg.templates import Template
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
@@ -31,9 +32,9 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     """
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5.same_layout(source, like)) is not None:
+    if (index := hdf5_tensors.same_layout(source, like)) is not None:
         return index
-    collector = hdf5.Collector(source, opaque_dtype)
+    collector = hdf5_tensors.Collector(source, opaque_dtype)
     with hdf5.opened(source) as file:
         if keras_weights.recognises(path, file):
             return keras_weights.index_of(source, identity, file, collector)
@@ -43,11 +44,11 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
                 f"{path}: an HDF5 file without Keras' layer_names; is it a model saved by Keras?",
                 path=path,
             )
-        tensors = _tensors(path, group, collector)
+        metadata = hdf5.texts(file)
+        tensors = _tensors(path, group, collector, {**hdf5.texts(group), **metadata})
         others = []
         if _OPTIMIZER in file:
             others = _layer(path, file, _OPTIMIZER, f"{_OPTIMIZER}/", collector)
-        metadata = hdf5.texts(file)
     collector.check()
     return Index(
         "keras-h5",
@@ -55,12 +56,15 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
         tuple(tensors),
         tuple(others),
         metadata,
-        hdf5.signature(source, [*tensors, *others]),
+        hdf5_tensors.signature(source, [*tensors, *others]),
         reader_bytes=collector.reader_bytes,
     )
 
 
-def _tensors(path: str, group: Any, collector: hdf5.Collector) -> list[TensorSpec]:
+def _tensors(
+    path: str, group: Any, collector: hdf5_tensors.Collector, texts: Mapping[str, str]
+) -> list[TensorSpec]:
+    """Return the model's tensors, in the order of ``get_weights()`` as far as that is known."""
     layers = hdf5.names_in(path, group, "layer_names")
     if _TOP_LEVEL in group and _TOP_LEVEL not in layers:
         layers.append(_TOP_LEVEL)
@@ -73,13 +77,18 @@ def _tensors(path: str, group: Any, collector: hdf5.Collector) -> list[TensorSpe
         if sorted(stored for _, stored in pairs) != sorted(by_path):
             raise CheckpointFormatError(f"{path}: {_NAMES} does not list its tensors", path=path)
         tensors = [by_path[stored]._replace(name=name) for name, stored in pairs]
+    else:
+        config = keras_weights.parsed(texts.get("model_config", ""))
+        version = texts.get("keras_version", "2")
+        order = legacy_order([spec.name for spec in tensors], config, keras_version=version)
+        tensors = [tensors[position] for position in order]
     if len({spec.name for spec in tensors}) != len(tensors):
         raise CheckpointFormatError(f"{path}: a tensor is listed twice", path=path)
     return tensors
 
 
 def _layer(
-    path: str, group: Any, layer: str, prefix: str, collector: hdf5.Collector
+    path: str, group: Any, layer: str, prefix: str, collector: hdf5_tensors.Collector
 ) -> list[TensorSpec]:
     """Return the tensors of one layer in the order of its ``weight_names``."""
     below = hdf5.member(path, group, layer)
@@ -105,9 +114,11 @@ def _stored(path: str, index: Index, file: Any) -> dict[str, str]:
     return {spec.name: prefix + renamed.get(spec.name, spec.name) for spec in index.tensors}
 
 
-def block_reader(index: Index) -> hdf5.BlockReader:
+def block_reader(index: Index) -> hdf5_tensors.BlockReader:
     """Return the reader of chunked datasets."""
-    return hdf5.BlockReader(Source(index.path), lambda file: _stored(index.path, index, file))
+    return hdf5_tensors.BlockReader(
+        Source(index.path), lambda file: _stored(index.path, index, file)
+    )
 
 
 def patch(
@@ -120,7 +131,7 @@ def patch(
         stored = _stored(reference.path, reference.index, file)
     replaced = {stored[spec.name]: spec for spec in specs}
     drop = () if keep_others else (_OPTIMIZER,)
-    return [hdf5.rewrite(source, Source(path), replaced, list(stored.values()), drop)]
+    return [hdf5_rewrite.rewrite(source, Source(path), replaced, list(stored.values()), drop)]
 
 
 def create(
@@ -145,12 +156,12 @@ def create(
         for layer, names in [*layers.items(), (_TOP_LEVEL, top)]:
             hdf5.write_names(file.require_group(layer), "weight_names", names)
         for spec in specs:
-            hdf5.create_dataset(path, file, stored[spec.name], spec)
+            hdf5_rewrite.create_dataset(path, file, stored[spec.name], spec)
         natural = [f"{layer}/{name}" for layer, names in layers.items() for name in names]
         natural += [f"{_TOP_LEVEL}/{name}" for name in top]
         if natural != [spec.name for spec in specs]:
             hdf5.write_names(file, _NAMES, [f"{stored[spec.name]}\n{spec.name}" for spec in specs])
-    return [hdf5.places(Source(path), {stored[spec.name]: spec for spec in specs})]
+    return [hdf5_rewrite.places(Source(path), {stored[spec.name]: spec for spec in specs})]
 
 
 def _check_name(path: str, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats import hdf5, keras_weights
+from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
 from wavg.templates import Template
 
@@ -151,7 +151,7 @@ def patch(
     for number, (old, new) in enumerate(zip(index.files[1:], paths[1:], strict=True), start=1):
         here = [s.name for s in index.tensors if s.extent is not None and s.extent.file == number]
         chosen = {name: replaced[name] for name in here if name in replaced}
-        templates.append(hdf5.rewrite(Source(old.path), Source(new), chosen, here, drop))
+        templates.append(hdf5_rewrite.rewrite(Source(old.path), Source(new), chosen, here, drop))
     return templates
 
 

@@ -6,14 +6,17 @@ to metrics lies beside the model's layers and is none of its tensors.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats import hdf5
+from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors
 from wavg.formats.hdf5 import Source
+from wavg.formats.hdf5_links import linked_order
+from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "index_of",
     "is_other",
     "others_of",
+    "parsed",
     "patch",
     "read_index",
     "recognises",
@@ -44,55 +48,66 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     """Walk the tree and find where each dataset's bytes lie."""
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5.same_layout(source, like)) is not None:
+    if (index := hdf5_tensors.same_layout(source, like)) is not None:
         return index
     with hdf5.opened(source) as file:
-        return index_of(source, identity, file, hdf5.Collector(source, opaque_dtype))
+        return index_of(source, identity, file, hdf5_tensors.Collector(source, opaque_dtype))
 
 
 def index_of(
     source: Source,
     identity: FileIdentity,
     file: Any,
-    collector: hdf5.Collector,
+    collector: hdf5_tensors.Collector,
     config: bytes = b"",
+    keras_version: str = "3",
 ) -> Index:
     """Return the index of an open file, its tensors in the order of ``get_weights()``.
 
-    The order is that in which they were written, as far as the layout does not tell a better one,
-    nor the model's configuration (JSON), where there is one.
+    See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
+    one.
     """
-    places: dict[str, int] = {}
+    written = linked_order(source.reader())
     found = []
     for name, thing in hdf5.members(source.path, file):
         if not hdf5.is_group(thing):
-            spec = collector.spec(name, thing)
-            stored = spec.extent.offset if spec.extent is not None else 0
-            places[name] = stored or source.base + hdf5.address(thing)
-            found.append(spec)
+            rank = written.get(name, hdf5.address(thing)) if written else hdf5.address(thing)
+            found.append((rank, natural(name), collector.spec(name, thing)))
     collector.check()
     if not found and not hdf5.has_names(file, hdf5.NAMES):
         raise CheckpointFormatError(f"{source.path}: holds no weights", path=source.path)
-    found.sort(key=lambda spec: (places[spec.name], natural(spec.name)))
-    tensors = [spec for spec in found if not is_other(spec.name)]
+    specs = [spec for *_, spec in sorted(found)]
+    tensors = [spec for spec in specs if not is_other(spec.name)]
+    names = [spec.name for spec in tensors]
     if hdf5.has_names(file, hdf5.NAMES):
-        by_name = {spec.name: spec for spec in tensors}
         names = hdf5.names_in(source.path, file, hdf5.NAMES)
+        by_name = {spec.name: spec for spec in tensors}
         if sorted(names) != sorted(by_name):
             raise CheckpointFormatError(
                 f"{source.path}: {hdf5.NAMES} does not list its tensors", path=source.path
             )
         tensors = [by_name[name] for name in names]
-    others = [spec for spec in found if is_other(spec.name)]
+    else:
+        order = weights_order(names, parsed(config), keras_version=keras_version)
+        tensors = [tensors[position] for position in order]
+    others = [spec for spec in specs if is_other(spec.name)]
     return Index(
         "keras-weights",
         (identity,),
         tuple(tensors),
         tuple(others),
         hdf5.texts(file),
-        hdf5.signature(source, found, config),
+        hdf5_tensors.signature(source, specs, config),
         reader_bytes=collector.reader_bytes,
     )
+
+
+def parsed(config: bytes | str) -> object:
+    """Return a configuration that is JSON, or None."""
+    try:
+        return json.loads(config)
+    except (ValueError, RecursionError):
+        return None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -114,10 +129,10 @@ def others_of(index: Index) -> set[str]:
     return {spec.name.partition("/")[0] for spec in index.others}
 
 
-def block_reader(index: Index) -> hdf5.BlockReader:
+def block_reader(index: Index) -> hdf5_tensors.BlockReader:
     """Return the reader of chunked datasets."""
     names = {spec.name: spec.name for spec in index.tensors}
-    return hdf5.BlockReader(Source(index.path), lambda file: names)
+    return hdf5_tensors.BlockReader(Source(index.path), lambda file: names)
 
 
 def patch(
@@ -129,7 +144,7 @@ def patch(
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
     drop = () if keep_others else others_of(index)
-    return [hdf5.rewrite(Source(index.path), Source(path), replaced, order, drop)]
+    return [hdf5_rewrite.rewrite(Source(index.path), Source(path), replaced, order, drop)]
 
 
 def create(
@@ -150,5 +165,5 @@ def create(
                     path=path,
                     tensor=spec.name,
                 )
-            hdf5.create_dataset(path, file, spec.name, spec)
-    return [hdf5.places(Source(path), {spec.name: spec for spec in specs})]
+            hdf5_rewrite.create_dataset(path, file, spec.name, spec)
+    return [hdf5_rewrite.places(Source(path), {spec.name: spec for spec in specs})]
