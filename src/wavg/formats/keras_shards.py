@@ -15,6 +15,7 @@ from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identif
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
+from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
 __all__ = ["create", "parts", "patch", "read_index", "renamed"]
@@ -54,6 +55,8 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     for specs in (tensors, others):
         if len({spec.name for spec in specs}) != len(specs):
             raise _bad(path, "a tensor is in two shards")
+    # A layer around layers may continue in the next shard; only together can they be put in order.
+    tensors = [tensors[position] for position in weights_order([spec.name for spec in tensors])]
     return Index(
         "keras-shards",
         (identity, *(index.files[0] for index in indexes)),

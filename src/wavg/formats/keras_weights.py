@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import h5py
+
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors
@@ -60,17 +62,20 @@ def index_of(
     file: Any,
     collector: hdf5_tensors.Collector,
     config: bytes = b"",
-    keras_version: str = "3",
+    keras_version: str = "",
 ) -> Index:
     """Return the index of an open file, its tensors in the order of ``get_weights()``.
 
     See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
-    one.
+    one. Without a version Keras 3 is known by the layers' names, which Keras 2 does not note.
     """
     written = linked_order(source.reader())
     found = []
     for name, thing in hdf5.members(source.path, file):
-        if not hdf5.is_group(thing):
+        if hdf5.is_group(thing):
+            if not keras_version and h5py.h5a.exists(thing, b"name"):
+                keras_version = "3"
+        else:
             rank = written.get(name, hdf5.address(thing)) if written else hdf5.address(thing)
             found.append((rank, natural(name), collector.spec(name, thing)))
     collector.check()
@@ -88,7 +93,7 @@ def index_of(
             )
         tensors = [by_name[name] for name in names]
     else:
-        order = weights_order(names, parsed(config), keras_version=keras_version)
+        order = weights_order(names, parsed(config), keras_version=keras_version or "2")
         tensors = [tensors[position] for position in order]
     others = [spec for spec in specs if is_other(spec.name)]
     return Index(
