@@ -53,6 +53,12 @@ def test_the_averaged_file_loads_as_if_averaged_in_keras(run_of, name, form, tmp
         zoo_contract.check_weights(run, form, tmp_path)
 
 
+@pytest.mark.parametrize("form", ["h5", "weights", "keras"])
+@pytest.mark.parametrize("name", zoo_contract.REWRITTEN)
+def test_a_file_written_anew_keeps_its_order_and_loads(run_of, name, form, tmp_path):
+    zoo_contract.check_rewritten(run_of(FAMILIES[name]), form, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "form"), sorted(NOT_RELOADED))
 def test_what_keras_does_not_reload_is_averaged_as_arrays(run_of, name, form):
     run = run_of(FAMILIES[name])

@@ -142,6 +142,28 @@ def check_model(run, form, folder):
         assert_bitwise_equal(slots, run.slots[-1])
 
 
+REWRITTEN = ["cnn", "nested_twice", "transformer", "recurrent", "with_adam", "with_momentum"]
+
+
+def check_rewritten(run, form, folder):
+    """A file in another dtype, or without the optimizer, keeps its order and loads."""
+    newest = wavg.load(run.paths[form][-1])
+    for options in ({"dtype": "float64"}, {"optimizer": "drop"}):
+        folder.joinpath(*options).mkdir()
+        output, _ = average(run, form, folder.joinpath(*options), **options)
+        arrays = wavg.load(output)
+        assert list(arrays) == list(newest)
+        if "optimizer" in options:
+            with wavg.open_checkpoint(output) as checkpoint:
+                assert not any("optimizer" in spec.name for spec in checkpoint.index.others)
+            assert_is_the_average(loaded_weights(run, output), run)
+        else:
+            loaded = loaded_weights(run, output)
+            rounded = [a.astype(b.dtype) for a, b in zip(arrays.values(), loaded, strict=True)]
+            if is_in_order(run, form):
+                assert_bitwise_equal(loaded, rounded)
+
+
 def is_in_order(run, form, **options):
     """Whether each file's arrays are those of get_weights(), in its order."""
     for path, right in zip(run.paths[form], run.weights, strict=True):

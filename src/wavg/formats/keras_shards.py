@@ -128,7 +128,7 @@ def renamed(
         os.path.basename(old.path): os.path.basename(new)
         for old, new in zip(index.files[1:], paths[1:], strict=True)
     }
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     content["weight_map"] = {
         group: [names[name] for name in shards]
         for group, shards in _shards_by_group(reference.path, content).items()
@@ -149,7 +149,7 @@ def patch(
     """Write the shards anew, for other dtypes, or without the optimizer."""
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     templates = [Template(0, {})]  # the map is `renamed`'s
     for number, (old, new) in enumerate(zip(index.files[1:], paths[1:], strict=True), start=1):
         here = [s.name for s in index.tensors if s.extent is not None and s.extent.file == number]

@@ -26,14 +26,14 @@ __all__ = [
     "create",
     "index_of",
     "is_other",
-    "others_of",
+    "optimizers_of",
     "parsed",
     "patch",
     "read_index",
     "recognises",
 ]
 
-_OTHERS = re.compile(r"(.*_)?optimizer(_?\d+)?|metrics")
+_OPTIMIZER = re.compile(r"(.*_)?optimizer(_?\d+)?")
 _SUFFIX = ".weights.h5"
 
 
@@ -126,12 +126,12 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def is_other(name: str) -> bool:
     """Whether a tensor belongs to an optimizer or a metric, and not to the model."""
     first, _, rest = name.partition("/")
-    return bool(rest) and _OTHERS.fullmatch(first) is not None
+    return bool(rest) and (first == "metrics" or _OPTIMIZER.fullmatch(first) is not None)
 
 
-def others_of(index: Index) -> set[str]:
-    """Return the members of the root that hold what is no part of the model."""
-    return {spec.name.partition("/")[0] for spec in index.others}
+def optimizers_of(index: Index) -> set[str]:
+    """Return the members of the root that hold optimizers; tf_keras cannot load without metrics."""
+    return {spec.name.partition("/")[0] for spec in index.others} - {"metrics"}
 
 
 def block_reader(index: Index) -> hdf5_tensors.BlockReader:
@@ -148,7 +148,7 @@ def patch(
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
-    drop = () if keep_others else others_of(index)
+    drop = () if keep_others else optimizers_of(index)
     return [hdf5_rewrite.rewrite(Source(index.path), Source(path), replaced, order, drop)]
 
 
