@@ -95,7 +95,7 @@ class Decision(NamedTuple):
     reason
         Why it is carried over; empty for an averaged one.
     output
-        The tensor as it is to be written; without an extent where that cannot be in its place.
+        The tensor as it is to be written; one of another dtype has no extent yet.
     compare
         Whether the inputs' values are compared, and a difference reported.
     """
