@@ -138,7 +138,8 @@ def rewrite(
 def _as_linked(source: Source, file: Any) -> Iterable[tuple[str, Any]]:
     """Return a file's members in the order of their creation, which tells that of the layers."""
     found = list(members(source.path, file))
-    ranks = linked_order(source.reader())
+    with source.reader() as read:
+        ranks = linked_order(read)
     if ranks.keys() >= {name for name, _ in found}:
         found.sort(key=lambda member: ranks[member[0]])
     return found

@@ -69,7 +69,8 @@ def index_of(
     See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
     one. Without a version Keras 3 is known by the layers' names, which Keras 2 does not note.
     """
-    written = linked_order(source.reader())
+    with source.reader() as read:
+        written = linked_order(read)
     found = []
     for name, thing in hdf5.members(source.path, file):
         if hdf5.is_group(thing):
