@@ -93,7 +93,7 @@ def patch(
     source = _weights(index.path, {member.name: member for member in members})
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
-    drop = () if keep_others else keras_weights.others_of(index)
+    drop = () if keep_others else keras_weights.optimizers_of(index)
     place = [member.name for member in members].index(_WEIGHTS)
     size, base = source.length(), -1
     while True:

@@ -15,6 +15,7 @@ from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identif
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
+from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
 __all__ = ["create", "parts", "patch", "read_index", "renamed"]
@@ -54,6 +55,8 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     for specs in (tensors, others):
         if len({spec.name for spec in specs}) != len(specs):
             raise _bad(path, "a tensor is in two shards")
+    # A layer around layers may continue in the next shard; only together can they be put in order.
+    tensors = [tensors[position] for position in weights_order([spec.name for spec in tensors])]
     return Index(
         "keras-shards",
         (identity, *(index.files[0] for index in indexes)),
@@ -125,7 +128,7 @@ def renamed(
         os.path.basename(old.path): os.path.basename(new)
         for old, new in zip(index.files[1:], paths[1:], strict=True)
     }
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     content["weight_map"] = {
         group: [names[name] for name in shards]
         for group, shards in _shards_by_group(reference.path, content).items()
@@ -146,7 +149,7 @@ def patch(
     """Write the shards anew, for other dtypes, or without the optimizer."""
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     templates = [Template(0, {})]  # the map is `renamed`'s
     for number, (old, new) in enumerate(zip(index.files[1:], paths[1:], strict=True), start=1):
         here = [s.name for s in index.tensors if s.extent is not None and s.extent.file == number]
