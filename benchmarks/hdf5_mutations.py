@@ -1,0 +1,305 @@
+"""What damaged HDF5 files do to the HDF5 library, and what reading them in isolation makes of it.
+
+Mutates the real Keras files of tests/golden, mostly outside of their numbers, and has each mutant
+
+- indexed in a sacrificial process that calls the format's ``read_index`` itself,
+- walked by plain h5py in another, which visits every object, attribute and dataset, and
+- indexed by `wavg.formats.isolated`, which must always give an index or a `CheckpointFormatError`.
+
+A crash counts only if it also ends a new process. Between the mutants a good file is read by the
+isolated process, which an earlier file must not have spoilt. Usage::
+
+    python benchmarks/hdf5_mutations.py FOLDER [--count 6000] [--seed 0] [--recipes PATH]
+
+Writes results/hdf5_mutations.json, and with --recipes the base and the edits of every mutant that
+crashed h5py, and of a few that hung it, with as few edits as do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common import record
+
+from wavg.checkpoint import Index, complement
+from wavg.errors import CheckpointFormatError
+from wavg.formats import isolated, keras_h5
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+MODULE = "wavg.formats.keras_h5"
+CPU_SECONDS = 1  # a good file takes 0.01
+EXCESS = 512 << 20  # bytes more than before that count as excessive
+ROOM = 2 << 30  # bytes a sacrificial process may have more
+GOOD_EVERY = 20
+HUNG_RECIPES = 5
+INTERESTING = (0, 1, 2, 3, 7, 8, 16, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 1 << 20, 0x7FFFFFFF)
+
+
+class Mutant(NamedTuple):
+    """A file's damage: bytes written over it, and where it is cut off."""
+
+    base: str
+    edits: tuple[tuple[int, str], ...]
+    length: int | None = None
+
+    def content(self) -> bytes:
+        data = bytearray((GOLDEN / self.base).read_bytes())
+        for offset, text in self.edits:
+            new = bytes.fromhex(text)
+            data[offset : offset + len(new)] = new
+        return bytes(data[: self.length])
+
+
+class Base:
+    """A good file, and the places in it that are worth damaging."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path, self.data = path.name, path, path.read_bytes()
+        self.index = keras_h5.read_index(str(path))
+        specs = (*self.index.tensors, *self.index.others)
+        outside = complement(len(self.data), [spec.extent for spec in specs if spec.extent])
+        self.places = [
+            place
+            for (_, offset, length), _ in outside
+            for place in range(offset, offset + length)
+            if any(self.data[max(0, place - 4) : place + 5])  # most of the rest is zeros
+        ]
+        texts = re.finditer(rb"[ -~]{40,}", self.data)  # configurations; harmless to change
+        dull = {place for text in texts for place in range(*text.span())}
+        self.places = [place for place in self.places if place not in dull] or self.places
+
+    def mutant(self, rng: random.Random) -> Mutant:
+        edits = [self._edit(rng) for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16, 32)))]
+        length = rng.randrange(len(self.data)) if rng.random() < 0.03 else None
+        return Mutant(self.name, tuple(edits), length)
+
+    def _edit(self, rng: random.Random) -> tuple[int, str]:
+        place = rng.choice(self.places) if rng.random() < 0.95 else rng.randrange(len(self.data))
+        kind = rng.choice(("flip", "byte", "integer", "integer", "address", "copy", "zeros"))
+        if kind == "flip":
+            new = bytes([self.data[place] ^ 1 << rng.randrange(8)])
+        elif kind == "byte":
+            new = rng.randbytes(1)
+        elif kind == "copy":
+            source = rng.choice(self.places)
+            new = self.data[source : source + rng.choice((2, 4, 8, 16, 64, 256))]
+        elif kind == "zeros":
+            new = bytes(rng.choice((1, 2, 4, 8, 16)))
+        else:
+            width = rng.choice((1, 2, 4, 8))
+            value = (
+                rng.choice(INTERESTING) * rng.choice((1, -1))
+                if kind == "integer"
+                else rng.choice(self.places) & ~7
+            )
+            place = place & ~(width - 1)  # HDF5's fields are mostly aligned
+            new = (value % (1 << 8 * width)).to_bytes(width, "little")
+        return place, new[: len(self.data) - place].hex()
+
+
+def walk(path: str) -> None:
+    """Visit everything in a file, as a tool would that shows what it holds."""
+    import h5py
+
+    def visit(_: str, found: h5py.Group | h5py.Dataset) -> None:
+        for key in found.attrs:
+            with contextlib.suppress(Exception):
+                found.attrs[key]
+        if isinstance(found, h5py.Dataset):
+            with contextlib.suppress(Exception):
+                found.id.get_offset(), found.id.get_storage_size(), found.chunks, found.dtype
+            with contextlib.suppress(Exception):
+                if found.size < 1 << 20:
+                    found[()]
+
+    with h5py.File(path, "r", locking=False) as file:
+        visit("", file)
+        file.visititems(visit)
+
+
+def work() -> None:
+    """Be a sacrificial process: ``index PATH`` or ``walk PATH`` in, an outcome out."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    functions = {"index": keras_h5.read_index, "walk": walk}
+    for line in sys.stdin:
+        function, path = line.split()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = peak()
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        try:
+            functions[function](path)
+            outcome = "accepted"
+        except MemoryError:
+            outcome = "excessive memory"
+        except Exception as error:
+            typed = isinstance(error, CheckpointFormatError) or function == "walk"
+            outcome = "error" if typed else f"untyped {type(error).__name__}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print("excessive memory" if peak() - before > EXCESS else outcome, flush=True)
+
+
+def peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+
+
+class Sacrifice:
+    """Runs one of the functions of `work`, in a process that is replaced when it dies."""
+
+    def __init__(self, function: str) -> None:
+        self.function, self.process = function, None
+
+    def __call__(self, path: Path) -> str:
+        outcome, fresh = self._once(path)
+        if fresh or not outcome.startswith("crash"):
+            return outcome
+        again, _ = self._once(path)
+        return again if again.startswith("crash") else f"{outcome} after other files"
+
+    def _once(self, path: Path) -> tuple[str, bool]:
+        fresh = self.process is None
+        if fresh:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--work"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        self.process.stdin.write(f"{self.function} {path}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().strip()
+        if answer:
+            return answer, fresh
+        with self.process as ended:
+            self.process = None
+        if ended.returncode >= 0:
+            raise RuntimeError(f"a sacrificial process ended with {ended.returncode} on {path}")
+        number = signal.Signals(-ended.returncode)
+        return ("hang" if number == signal.SIGPROF else f"crash {number.name}"), fresh
+
+    def close(self) -> None:
+        if self.process is not None:
+            with self.process:
+                self.process.stdin.close()
+
+
+def isolated_outcome(reader: isolated.Reader, path: Path) -> tuple[str, str]:
+    """Return whether reading gave an index or a typed error, and its message."""
+    try:
+        index = reader.read_index(MODULE, str(path))
+    except CheckpointFormatError as error:
+        return "error", str(error)
+    except Exception as error:
+        return f"untyped {type(error).__name__}", str(error)
+    return ("accepted" if isinstance(index, Index) else "nonsense"), ""
+
+
+def reduced(mutant: Mutant, still: Callable[[Mutant], bool]) -> Mutant:
+    """Leave out edits as long as the mutant does what it did."""
+    candidates: Iterator[Mutant] = iter([mutant._replace(length=None)])
+    if mutant.length is not None and still(smaller := next(candidates)):
+        mutant = smaller
+    step = len(mutant.edits) // 2
+    while step:
+        start = 0
+        while start < len(mutant.edits):
+            edits = mutant.edits[:start] + mutant.edits[start + step :]
+            if still(smaller := mutant._replace(edits=edits)):
+                mutant = smaller
+            else:
+                start += step
+        step //= 2
+    return mutant
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipes", type=Path, metavar="PATH")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / "mutant.h5"
+    bases = [Base(found) for found in sorted(GOLDEN.glob("*_1.h5"))]
+    rng = random.Random(options.seed)
+    plain = {name: Sacrifice(name) for name in ("index", "walk")}
+    reader = isolated.Reader(isolated.Limits(cpu=CPU_SECONDS, wall=60))
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    recipes, spoilt, disagreeing = [], 0, []
+    for number in range(options.count):
+        base = bases[number % len(bases)]
+        mutant = base.mutant(rng)
+        path.write_bytes(mutant.content())
+        outcomes = {name: run(path) for name, run in plain.items()}
+        outcomes["isolated"], message = isolated_outcome(reader, path)
+        for name, outcome in outcomes.items():
+            counts[name][outcome] += 1
+        fell = {name: plain_outcome(outcomes[name]) for name in plain}
+        if any(fell.values()):
+            print(f"{number}: {outcomes} {message[:100]}", flush=True)
+            if fell["index"]:
+                counts["isolated, where the index in-process crashed or hung"][
+                    outcomes["isolated"]
+                ] += 1
+            name = "index" if fell["index"] else "walk"
+            if fell["walk"] == "crash" and fell["index"] != "crash":
+                name = "walk"
+
+            def still(smaller: Mutant, name: str = name, kind: str = fell[name]) -> bool:
+                path.write_bytes(smaller.content())
+                return plain_outcome(plain[name](path)) == kind
+
+            hung = sum(recipe["does"] == "hang" for recipe in recipes)
+            if options.recipes and (fell[name] == "crash" or hung < HUNG_RECIPES):
+                smallest = reduced(mutant, still)
+                recipes.append({"by": name, "does": outcomes[name], **smallest._asdict()})
+                options.recipes.write_text(json.dumps(recipes, indent=1) + "\n")
+        elif outcomes["isolated"] != outcomes["index"]:
+            disagreeing.append([number, outcomes, message[:200]])
+        if number % GOOD_EVERY == 0:
+            spoilt += reader.read_index(MODULE, str(base.path)) != base.index
+    for sacrifice in plain.values():
+        sacrifice.close()
+    reader.close()
+    path.unlink()
+    import h5py
+
+    figures = {
+        "mutants": options.count,
+        "seed": options.seed,
+        "hdf5": h5py.version.hdf5_version,
+        "cpu_seconds": CPU_SECONDS,
+        **{name: dict(counter.most_common()) for name, counter in counts.items()},
+        "otherwise different in isolation": disagreeing,
+        "good files read between": -(-options.count // GOOD_EVERY),
+        "good files read wrongly": spoilt,
+    }
+    print(json.dumps(figures, indent=2))
+    record("hdf5_mutations", "inputs in the page cache", figures)
+
+
+def plain_outcome(outcome: str) -> str:
+    """Return ``crash`` or ``hang`` of a process that did so from the start, else nothing."""
+    kind = outcome.split()[0]
+    return kind if kind in ("crash", "hang") and "after" not in outcome else ""
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["--work"] else main()
