@@ -94,6 +94,8 @@ def _checked(path: str, index: Index) -> Index:
     for file, offset, length in _extents([getattr(index, name) for name in _hints(Index)]):
         if min(file, offset, length) < 0 or offset + length > index.files[file].size:
             raise ValueError("bytes outside of the file")
+    if len({spec.name for spec in index.tensors}) != len(index.tensors):
+        raise ValueError("two tensors of one name")
     for spec in (*index.tensors, *index.others):
         length = spec.nbytes if spec.extent is None else spec.extent.length
         if min(spec.shape, default=0) < 0 or spec.nbytes != length:
