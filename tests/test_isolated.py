@@ -22,6 +22,7 @@ import pytest
 import wavg
 from wavg import CheckpointFormatError, MissingDependencyError, WavgError
 from wavg.checkpoint import Extent, FileIdentity, Index, TensorSpec
+from wavg.cli import main
 from wavg.formats import isolated, keras_h5, wire
 from wavg.formats.isolated import Limits, Reader
 
@@ -543,3 +544,86 @@ def test_an_exception_is_one_of_those_that_reading_raises(kind, number, expected
 
 
 # Files that crash or hang HDF5
+
+MUTANTS = json.loads((GOLDEN / "hostile" / "mutants.json").read_text())
+SEEN_WITH = {"1.14.6", "2.0.0"}  # versions of HDF5 that the mutants are known to end
+
+
+def named(mutant):
+    return f"{mutant['does']}-{mutant['base']}-{mutant['edits'][0][0]}"
+
+
+def made(mutant, folder):
+    """Write a mutant to a file, from its recipe."""
+    data = bytearray((GOLDEN / mutant["base"]).read_bytes())
+    for offset, text in mutant["edits"]:
+        new = bytes.fromhex(text)
+        data[offset : offset + len(new)] = new
+    path = folder / "mutant.h5"
+    path.write_bytes(data)
+    return str(path)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=named)
+def test_a_file_that_ends_hdf5_is_a_format_error_in_isolation(mutant, tmp_path, shared_reader):
+    path = made(mutant, tmp_path)
+    with pytest.raises(CheckpointFormatError) as caught:
+        wavg.load(path, isolate=True)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.path == path
+    assert wavg.load(GOOD, isolate=True)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=named)
+def test_that_file_is_one_line_on_the_command_line(mutant, tmp_path, shared_reader, capsys):
+    path = made(mutant, tmp_path)
+    output = tmp_path / "average.h5"
+    assert main(["inspect", path]) == 1
+    assert main(["average", str(GOLDEN / mutant["base"]), path, "-o", str(output)]) == 1
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert [line.startswith(f"wavg: {path}: ") for line in shown.err.splitlines()] == [True, True]
+    assert not output.exists()
+
+
+@pytest.mark.skipif(h5py.version.hdf5_version not in SEEN_WITH, reason="another HDF5")
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in MUTANTS if mutant["does"] != "memory"], ids=named
+)
+def test_that_file_ends_a_process_that_reads_it_itself(mutant, tmp_path):
+    code = """if True:
+        import resource, signal, sys, wavg
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.setitimer(signal.ITIMER_PROF, 1)
+        try:
+            wavg.load(sys.argv[1])
+        except wavg.WavgError:
+            pass
+    """
+    done = subprocess.run([sys.executable, "-c", code, made(mutant, tmp_path)], check=False)
+    assert -done.returncode == {"crash": signal.SIGSEGV, "endless": signal.SIGPROF}[mutant["does"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is Linux's")
+def test_this_process_stays_small_whatever_the_file_asks_for(tmp_path):
+    code = """if True:
+        import re, sys, wavg
+        from wavg.formats import isolated
+        for path in sys.argv[1:]:
+            try:
+                wavg.load(path, isolate=True)
+            except wavg.CheckpointFormatError:
+                pass
+            for pid in ("self", isolated._READER.process.pid):
+                status = open(f"/proc/{pid}/status").read()
+                print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]))
+    """
+    paths = []
+    for number, mutant in enumerate(MUTANTS):
+        if mutant["does"] == "memory":
+            (tmp_path / str(number)).mkdir()
+            paths.append(made(mutant, tmp_path / str(number)))
+    peaks = [int(line) * 1024 for line in run_python(code, *paths).split()]
+    assert len(peaks) == 2 * len(paths) >= 2
+    assert max(peaks[::2]) < 150 << 20  # this one
+    assert max(peaks[1::2]) < 700 << 20  # the one that reads
