@@ -32,12 +32,15 @@ from typing import NamedTuple
 
 from common import record
 
-from wavg.checkpoint import Index, complement
+import wavg
+from wavg.checkpoint import Index
 from wavg.errors import CheckpointFormatError
-from wavg.formats import isolated, keras_h5
+from wavg.extents import complement
+from wavg.formats import FORMATS, isolated, load_module
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
-MODULE = "wavg.formats.keras_h5"
+ENDINGS = (".h5", ".weights.h5", ".keras")
+MODULES = {row.name: row.module for row in FORMATS if row.isolable}
 CPU_SECONDS = 1  # a good file takes 0.01
 EXCESS = 512 << 20  # bytes more than before that count as excessive
 ROOM = 2 << 30  # bytes a sacrificial process may have more
@@ -71,7 +74,10 @@ class Base:
 
     def __init__(self, path: Path) -> None:
         self.name, self.path, self.data = path.name, path, path.read_bytes()
-        self.index = keras_h5.read_index(str(path))
+        with wavg.open_checkpoint(path) as checkpoint:
+            self.index = checkpoint.index
+        self.format = self.index.format
+        self.ending = next(end for end in ENDINGS[::-1] if self.name.endswith(end))
         specs = (*self.index.tensors, *self.index.others)
         outside = complement(len(self.data), [spec.extent for spec in specs if spec.extent])
         self.places = [
@@ -139,25 +145,27 @@ def walk(path: str) -> None:
 
 
 def work() -> None:
-    """Be a sacrificial process: ``index SECONDS PATH`` or ``walk …`` in, an outcome out."""
+    """Be a sacrificial process: ``FORMAT SECONDS PATH`` or ``walk …`` in, an outcome out."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    functions = {"index": keras_h5.read_index, "walk": walk}
+    for name in MODULES:
+        load_module(name)
     for line in sys.stdin:
-        function, seconds, path = line.split()
+        name, seconds, path = line.split()
+        function = walk if name == "walk" else load_module(name).read_index
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = peak()
         signal.setitimer(signal.ITIMER_PROF, float(seconds))
         try:
-            functions[function](path)
+            function(path)
             outcome = "accepted"
         except MemoryError:
             outcome = "excessive memory"
         except Exception as error:
-            typed = isinstance(error, CheckpointFormatError) or function == "walk"
+            typed = isinstance(error, CheckpointFormatError) or name == "walk"
             outcome = "error" if typed else f"untyped {type(error).__name__}"
         signal.setitimer(signal.ITIMER_PROF, 0)
         print("excessive memory" if peak() - before > EXCESS else outcome, flush=True)
@@ -169,19 +177,19 @@ def peak() -> int:
 
 
 class Sacrifice:
-    """Runs one of the functions of `work`, in a process that is replaced when it dies."""
+    """A process for `work`, replaced when it dies."""
 
-    def __init__(self, function: str, seconds: float = CPU_SECONDS) -> None:
-        self.function, self.seconds, self.process = function, seconds, None
+    def __init__(self, seconds: float = CPU_SECONDS) -> None:
+        self.seconds, self.process = seconds, None
 
-    def __call__(self, path: Path) -> str:
-        outcome, fresh = self._once(path)
+    def __call__(self, what: str, path: Path) -> str:
+        outcome, fresh = self._once(what, path)
         if fresh or not outcome.startswith("crash"):
             return outcome
-        again, _ = self._once(path)
+        again, _ = self._once(what, path)
         return again if again.startswith("crash") else f"{outcome} after other files"
 
-    def _once(self, path: Path) -> tuple[str, bool]:
+    def _once(self, what: str, path: Path) -> tuple[str, bool]:
         fresh = self.process is None
         if fresh:
             self.process = subprocess.Popen(
@@ -191,7 +199,7 @@ class Sacrifice:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-        self.process.stdin.write(f"{self.function} {self.seconds} {path}\n")
+        self.process.stdin.write(f"{what} {self.seconds} {path}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
         if answer:
@@ -209,10 +217,10 @@ class Sacrifice:
                 self.process.stdin.close()
 
 
-def isolated_outcome(reader: isolated.Reader, path: Path) -> tuple[str, str]:
+def isolated_outcome(reader: isolated.Reader, kind: str, path: Path) -> tuple[str, str]:
     """Return whether reading gave an index or a typed error, and its message."""
     try:
-        index = reader.read_index(MODULE, str(path))
+        index = reader.read_index(MODULES[kind], str(path))
     except CheckpointFormatError as error:
         return "error", str(error)
     except Exception as error:
@@ -246,20 +254,21 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, metavar="PATH")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    path = options.folder / "mutant.h5"
-    bases = [Base(found) for found in sorted(GOLDEN.glob("*_1.h5"))]
+    bases = [Base(path) for end in ENDINGS for path in sorted(GOLDEN.glob(f"*_1{end}"))]
     rng = random.Random(options.seed)
-    plain = {name: Sacrifice(name) for name in ("index", "walk")}
+    plain = {name: Sacrifice() for name in ("index", "walk")}
     reader = isolated.Reader(isolated.Limits(cpu=CPU_SECONDS, wall=60))
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     recipes, spoilt, disagreeing = [], 0, []
-    patient = Sacrifice("index", LONG_SECONDS)
+    patient = Sacrifice(LONG_SECONDS)
     for number in range(options.count):
         base = bases[number % len(bases)]
         mutant = base.mutant(rng)
+        path = options.folder / f"mutant{base.ending}"
         path.write_bytes(mutant.content())
-        outcomes = {name: run(path) for name, run in plain.items()}
-        outcomes["isolated"], message = isolated_outcome(reader, path)
+        does = {"index": base.format, "walk": "walk"}
+        outcomes = {name: run(does[name], path) for name, run in plain.items()}
+        outcomes["isolated"], message = isolated_outcome(reader, base.format, path)
         for name, outcome in outcomes.items():
             counts[name][outcome] += 1
         fell = {name: plain_outcome(outcomes[name]) for name in plain}
@@ -269,14 +278,14 @@ def main() -> None:
                 counts[FELL][outcomes["isolated"]] += 1
             longer = counts[LONGER]
             if fell["index"] == "over" and longer.total() < LONG_COUNT:
-                longer[patient(path)] += 1
+                longer[patient(base.format, path)] += 1
             name = "index" if fell["index"] else "walk"
             if fell["walk"] == "crash" and fell["index"] != "crash":
                 name = "walk"
 
-            def still(smaller: Mutant, name: str = name, kind: str = fell[name]) -> bool:
-                path.write_bytes(smaller.content())
-                return plain_outcome(plain[name](path)) == kind
+            def still(smaller: Mutant) -> bool:
+                path.write_bytes(smaller.content())  # noqa: B023 - it is used up in this turn
+                return plain_outcome(plain[name](does[name], path)) == fell[name]  # noqa: B023
 
             busy = sum(recipe["does"] == "over time" for recipe in recipes)
             if options.recipes and (fell[name] == "crash" or busy < BUSY_RECIPES):
@@ -286,16 +295,18 @@ def main() -> None:
         elif outcomes["isolated"] != outcomes["index"]:
             disagreeing.append([number, outcomes, message[:200]])
         if number % GOOD_EVERY == 0:
-            spoilt += reader.read_index(MODULE, str(base.path)) != base.index
+            spoilt += reader.read_index(MODULES[base.format], str(base.path)) != base.index
     for sacrifice in (*plain.values(), patient):
         sacrifice.close()
     reader.close()
-    path.unlink()
+    for end in ENDINGS:
+        (options.folder / f"mutant{end}").unlink(missing_ok=True)
     import h5py
 
     figures = {
         "mutants": options.count,
         "seed": options.seed,
+        "of": [base.name for base in bases],
         "hdf5": h5py.version.hdf5_version,
         "cpu_seconds": CPU_SECONDS,
         **{name: dict(counter.most_common()) for name, counter in counts.items()},

@@ -59,6 +59,7 @@ def smallest_budget(paths, output) -> int:
 class FormatContract:
     suffix = ""
     metadata = True
+    refused = ""  # the ending of an output that these inputs cannot have
 
     def path(self, folder, name="model") -> str:
         return os.path.join(str(folder), f"{name}{self.suffix}")
@@ -200,6 +201,8 @@ class FormatContract:
 
     @pytest.mark.parametrize("target", [".safetensors", ".h5", ".npz"])
     def test_averages_into_every_format(self, tmp_path, target):
+        if target == self.refused:
+            pytest.skip("has a test of its own")
         paths, _ = self.run(tmp_path, self.tensors())
         wavg.average_checkpoints(paths, tmp_path / f"average{target}", weights="linear")
         expected = wavg.average_checkpoints(paths, weights="linear")

@@ -248,7 +248,7 @@ def test_integers_that_differ_are_refused_on_request(run):
     assert_fails(outcome, "n is int64, which is not averaged, and differs between")
 
 
-@pytest.mark.parametrize("output", ["a.xyz", "a", "a.keras"])
+@pytest.mark.parametrize("output", ["a.xyz", "a", "a.pt"])
 def test_an_output_of_no_known_format_is_refused(run, output):
     assert_fails(run("average", *FILES, "-o", output), "end the output's name with one of")
 

@@ -137,9 +137,9 @@ def test_a_link_to_a_checkpoint_in_the_folder_is_no_second_one():
     assert expand("run") == expand("run/*") == names
 
 
-def test_a_folder_with_keras_files_of_an_unread_kind_is_refused():
+def test_a_folder_with_two_kinds_of_keras_files_is_refused():
     touch("run/model_1.h5", "run/model_2.weights.h5")
-    with pytest.raises(WavgError, match=r"model_2\.weights\.h5, of a kind"):
+    with pytest.raises(WavgError, match=r"several kinds of files \(\.h5, \.weights\.h5\)"):
         expand("run")
 
 

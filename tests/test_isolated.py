@@ -21,7 +21,7 @@ import pytest
 
 import wavg
 from wavg import CheckpointFormatError, MissingDependencyError, WavgError
-from wavg.checkpoint import Extent, FileIdentity, Index, TensorSpec
+from wavg.checkpoint import Checksum, Extent, FileIdentity, Index, TensorSpec
 from wavg.cli import main
 from wavg.formats import isolated, keras_h5, wire
 from wavg.formats.isolated import Limits, Reader
@@ -206,6 +206,16 @@ def test_paths_may_be_relative_and_of_any_bytes(tmp_path, monkeypatch, reader):
     index = reader.read_index(KERAS, name)
     assert index.path == name
     assert index.tensors == good_index(reader).tensors
+
+
+def test_an_attribute_may_have_a_name_of_any_bytes(tmp_path, reader):
+    path = tmp_path / "m.h5"
+    shutil.copy(GOOD, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs[b"\xff"] = "text"
+    index = keras_h5.read_index(str(path))
+    assert all(isinstance(key, str) for key in index.metadata)
+    assert reader.read_index(KERAS, str(path)) == index
 
 
 def test_threads_share_a_process(reader):
@@ -454,6 +464,8 @@ SOME = Index(
     (TensorSpec("slot", "int32", (0,), Extent(0, 0, 0)),),
     {"a": "1", "": "\n"},
     b"\x00\xff",
+    (Checksum(Extent(1, 0, 50), 0xFFFFFFFF, "member", (4, 46)), Checksum(Extent(0, 9, 1), 0, "x")),
+    7,
 )
 
 
@@ -514,6 +526,12 @@ def tensor(*parts):
         tensor("w", "float32", [2, 3], [-1, 10, 24], False),
         changed(tensors=[["w", "uint8", [1], [0, n, 1], False] for n in (1, 2)]),
         changed(others=[["w", "float32", [2, 3], [0, 77, 24], False]]),
+        changed(checksums=[[[0, 0, 101], 0, "x", []]]),
+        changed(checksums=[[[2, 0, 1], 0, "x", []]]),
+        changed(checksums=[[[1, 0, 50], 0, "x", [47]]]),
+        changed(checksums=[[[1, 0, 50], 0, "x", [-1]]]),
+        changed(checksums=[[[1, 0, 50], "0", "x", []]]),
+        changed(reader_bytes=-1),
         "[]",
         '["CheckpointFormatError", "m", null, null, "5"]',
         '["CheckpointFormatError", null, null, null, null]',

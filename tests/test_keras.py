@@ -148,7 +148,7 @@ def test_a_file_in_half_precision_loads_into_the_float32_model(run_of, tmp_path)
         np.testing.assert_allclose(ours, right, rtol=2**-11, atol=2**-25)
 
 
-@pytest.mark.parametrize("build", [plain, normalized, nested])
+@pytest.mark.parametrize("build", [plain, normalized])
 def test_load_weights_reads_a_weights_file_made_by_save(run_of, build, tmp_path):
     run, output = run_of(build), tmp_path / "weights.h5"
     wavg.save(output, wavg.load(run.paths[0]))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -51,6 +52,7 @@ def save_run(folder, suffix, count, tensors, shape, dtype):
         (".safetensors", "bfloat16"),
         (".safetensors", "float64"),
         (".h5", "float32"),
+        (".weights.h5", "float32"),
         (".npz", "float16"),
     ],
 )
@@ -115,6 +117,20 @@ def test_compressed_archives_keep_the_promise(tmp_path):
     for step in range(4):
         np.savez_compressed(tmp_path / f"m_{step}.npz", w=rng.standard_normal(1_000_000))
     figures = measure(tmp_path, ".npz")
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+@pytest.mark.parametrize("chunks", [(100, 100), (2000, 10), (1, 500)])
+def test_compressed_datasets_keep_the_promise(tmp_path, chunks):
+    rng = np.random.default_rng(0)
+    for step in range(4):
+        with h5py.File(tmp_path / f"m_{step}.weights.h5", "w") as file:
+            for number in range(2):
+                values = rng.integers(0, 99, (2000, 500)).astype(np.float32)
+                file.create_dataset(
+                    f"layers/dense_{number}/vars/0", data=values, chunks=chunks, compression="lzf"
+                )
+    figures = measure(tmp_path, ".weights.h5")
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 

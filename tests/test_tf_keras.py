@@ -119,7 +119,7 @@ def test_averaged_weights_files_load_with_load_weights(run_of, build, tmp_path):
     assert_within_one_ulp(run.model.get_weights(), right)
 
 
-@pytest.mark.parametrize("build", [plain, normalized, nested])
+@pytest.mark.parametrize("build", [plain, normalized])
 def test_load_weights_reads_a_weights_file_made_by_save(run_of, build, tmp_path):
     run, output = run_of(build), tmp_path / "weights.h5"
     wavg.save(output, wavg.load(run.paths[0]))

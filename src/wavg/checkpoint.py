@@ -7,10 +7,10 @@ format has to provide. It knows no format.
 from __future__ import annotations
 
 import math
-import operator
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -20,18 +20,18 @@ import numpy.typing as npt
 
 from wavg.dtypes import DType, lookup
 from wavg.errors import CheckpointChangedError, CheckpointFormatError, WavgError
+from wavg.extents import Extent
 
 __all__ = [
     "BlockReader",
     "Checkpoint",
-    "Extent",
+    "Checksum",
     "FileIdentity",
     "Index",
     "LazyTensor",
     "Sink",
-    "Template",
     "TensorSpec",
-    "complement",
+    "crc32",
     "identify",
     "read_exactly",
 ]
@@ -39,12 +39,17 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 
-class Extent(NamedTuple):
-    """A run of bytes: which of the checkpoint's files, where, how long."""
+class Checksum(NamedTuple):
+    """A CRC-32 that a file keeps of some of its bytes.
 
-    file: int
-    offset: int
-    length: int
+    ``places`` are the offsets at which it is kept, four bytes each, lowest first; none where it
+    cannot be rewritten. ``name`` is what a message calls those bytes.
+    """
+
+    extent: Extent
+    value: int
+    name: str
+    places: tuple[int, ...] = ()
 
 
 class TensorSpec(NamedTuple):
@@ -120,6 +125,10 @@ class Index:
         Texts the file carries about itself.
     signature
         Where two files' signatures are equal and not empty, so are their `tensors`.
+    checksums
+        What the files say of their own bytes; verified by `Checkpoint.verify_checksum`.
+    reader_bytes
+        Memory that the format's reader of tensors without extents holds.
     """
 
     format: str
@@ -128,6 +137,8 @@ class Index:
     others: tuple[TensorSpec, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     signature: bytes = b""
+    checksums: tuple[Checksum, ...] = ()
+    reader_bytes: int = 0
 
     @property
     def path(self) -> str:
@@ -289,6 +300,24 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Return the open descriptor of one of the files, for copying from."""
         return self._descriptors[file]
 
+    def verify_checksum(self, checksum: Checksum) -> int:
+        """Read what a checksum is of, compare, and return the number of bytes.
+
+        Raises
+        ------
+        CheckpointFormatError
+            The bytes are not those the checksum was made of.
+        """
+        path = self.index.files[checksum.extent.file].path
+        value = crc32(self._descriptors[checksum.extent.file], checksum.extent)
+        if value != checksum.value:
+            raise CheckpointFormatError(
+                f"{path}: {checksum.name} is damaged: its bytes do not give the CRC-32 that the "
+                "file records for them",
+                path=path,
+            )
+        return checksum.extent.length
+
     def verify_unchanged(self) -> None:
         """Raise `CheckpointChangedError` unless the files are what they were when indexed."""
         for identity, descriptor in zip(self.index.files, self._descriptors, strict=True):
@@ -306,6 +335,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
 
 _O_BINARY = getattr(os, "O_BINARY", 0)
+_COPY_BYTES = 1 << 20
 
 
 def _identity(path: str, status: os.stat_result) -> FileIdentity:
@@ -333,28 +363,16 @@ def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
     return True
 
 
-class Template(NamedTuple):
-    """How an output file comes to be: what is carried over, and where the numbers go.
-
-    Attributes
-    ----------
-    size
-        Bytes of the file.
-    targets
-        For each tensor to be written, its dtype and place in the output.
-    head
-        Bytes to write at the beginning.
-    carry
-        Extents of the reference checkpoint to copy, each with its place in the output.
-    finish
-        Called with the output's descriptor when all is written (checksums).
-    """
-
-    size: int
-    targets: Mapping[str, TensorSpec]
-    head: bytes = b""
-    carry: Sequence[tuple[Extent, int]] = ()
-    finish: Callable[[int], None] | None = None
+def crc32(descriptor: int, extent: Extent) -> int:
+    """Return the CRC-32 of a part of an open file, or of what is left of it."""
+    value, position, end = 0, extent.offset, extent.offset + extent.length
+    while position < end:
+        data = os.pread(descriptor, min(_COPY_BYTES, end - position), position)
+        if not data:
+            break
+        value = zlib.crc32(data, value)
+        position += len(data)
+    return value
 
 
 class Sink(Protocol):
@@ -368,19 +386,3 @@ class Sink(Protocol):
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Store elements from position `start`, in storage order; called from many threads."""
-
-
-def complement(size: int, extents: Iterable[Extent]) -> list[tuple[Extent, int]]:
-    """Return what of a file's bytes lies outside the extents, as a template's `carry`.
-
-    >>> complement(10, [Extent(0, 2, 3), Extent(0, 8, 2)])
-    [(Extent(file=0, offset=0, length=2), 0), (Extent(file=0, offset=5, length=3), 5)]
-    """
-    carry, position = [], 0
-    for _, offset, length in sorted(extents, key=operator.itemgetter(1)):
-        if offset > position:
-            carry.append((Extent(0, position, offset - position), position))
-        position = max(position, offset + length)
-    if position < size:
-        carry.append((Extent(0, position, size - position), position))
-    return carry

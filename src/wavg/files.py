@@ -10,26 +10,28 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from wavg import stream
 from wavg import weights as schedules
-from wavg.checkpoint import Checkpoint, Template, TensorSpec
+from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
-from wavg.errors import OutputError
-from wavg.formats import format_of_output, load_module, open_file
+from wavg.errors import OutputError, OutputExistsError
+from wavg.formats import Format, format_of_output, load_module, open_file, parts_of
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.publish import AtomicFile, refuse_existing
 from wavg.sinks import FileSink, MemorySink
+from wavg.templates import Template, can_patch_in_place, in_place
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from typing_extensions import Unpack
 
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
@@ -68,6 +70,7 @@ class PlanOptions(TypedDict, total=False):
     dtype: str | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    align: str
     optimizer: str
     integers: str
     allow_nonfinite: bool
@@ -134,6 +137,7 @@ def average_checkpoints(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -173,6 +177,9 @@ def average_checkpoints(
         Write averaged tensors in this floating-point format rather than their own.
     include, exclude
         Globs over tensor names: average only these; take these from the newest.
+    align
+        Tensors belong together that have the same ``"name"``, or, for runs whose automatic names
+        differ (``dense``, ``dense_3``), the same ``"position"``; shapes and dtypes must agree.
     optimizer
         ``"carry"`` the newest's optimizer state over, or ``"drop"`` it.
     integers
@@ -243,6 +250,7 @@ def average_checkpoints(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -257,6 +265,7 @@ def average_checkpoints(
     with _opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
+            _verify_checksums(checkpoints, plans[0].workers, tick)
             if not targets:
                 memory = [MemorySink(plan) for plan in plans]
                 stream.run(plans, checkpoints, memory, executor=executor, progress=tick)
@@ -277,25 +286,97 @@ def _write(
     tick: Callable[[int], object] | None,
 ) -> list[tuple[str, ...]]:
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
+    reference = checkpoints[-1]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in targets]
-        templates, sinks = [], []
-        for plan, target, file in zip(plans, targets, files, strict=True):
-            with file.failures(), _uncollected():
-                templates.append(_template(plan, checkpoints[-1], target, file.temporary))
-            sinks.append(FileSink(file, templates[-1], checkpoints[-1]))
+        outputs = []
+        for plan, target in zip(plans, targets, strict=True):
+            row = format_of_output(target, reference.index)
+            paths = parts_of(row, target, reference.index if plan.patches else None)
+            if len(paths) > 1 and overwrite:
+                _refuse_replacing(paths)
+            files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
+            with _failures(files), _uncollected():
+                templates = _templates(row, plan, reference, files)
+            outputs.append(_Output(files, templates, FileSink(files, templates, reference)))
+        sinks = [output.sink for output in outputs]
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
-        for template, file in zip(templates, files, strict=True):
+        for output in outputs:
+            output.finish()
+        _verify(checkpoints)
+        for output in outputs:
+            for file in output.files:
+                file.sync()
+                refuse_existing(file.path, overwrite)
+        for output in outputs:
+            output.commit()
+    return differing
+
+
+class _Output(NamedTuple):
+    """The files of one average in the making; the first names the others, and appears last."""
+
+    files: list[AtomicFile]
+    templates: list[Template]
+    sink: FileSink
+
+    def finish(self) -> None:
+        for template, file in zip(self.templates, self.files, strict=True):
             if template.finish is not None:
                 with file.failures():
                     template.finish(file.descriptor)
-        _verify(checkpoints)
-        for path, file in zip(targets, files, strict=True):
-            file.sync()
-            refuse_existing(path, overwrite)
+
+    def commit(self) -> None:
+        done: list[AtomicFile] = []
+        try:
+            for file in reversed(self.files):
+                file.commit()
+                done.append(file)
+        except BaseException:
+            for file in done:  # without the file that names them they are nothing
+                file.withdraw()
+            raise
+
+
+def _refuse_replacing(paths: Sequence[str]) -> None:
+    """Refuse to replace one of several files after the other: between, they would not match."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise OutputExistsError(
+                f"{path} exists, and an output of {len(paths)} files cannot be replaced at one "
+                "instant; remove it, or choose another output",
+                path=path,
+            )
+
+
+@contextlib.contextmanager
+def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
+    """Have failures in making any of the files name where they were to appear."""
+    with contextlib.ExitStack() as stack:
         for file in files:
-            file.commit()
-    return differing
+            stack.enter_context(file.failures())
+        yield
+
+
+def _templates(
+    row: Format, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
+) -> list[Template]:
+    averaged = [decision.output for decision in plan.averaged]
+    paths = [file.temporary for file in files]
+    templates: list[Template]
+    if not plan.patches:
+        everything = [decision.output._replace(extent=None) for decision in plan.decisions]
+        templates = load_module(row.name).create(everything, {}, paths)
+        return templates
+    if can_patch_in_place(reference.index, averaged, plan.keep_others):
+        templates = in_place(reference.index, averaged)
+    else:
+        module = load_module(row.name)
+        templates = module.patch(reference, averaged, plan.keep_others, paths)
+    if row.several:
+        names = [file.path for file in files]
+        module = load_module(row.name)
+        templates[0] = module.renamed(reference, averaged, plan.keep_others, names)
+    return templates
 
 
 class OnePlan(PlanOptions, total=False):
@@ -335,6 +416,7 @@ def plan_average(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -361,6 +443,7 @@ def plan_average(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -413,7 +496,14 @@ def open_checkpoint(
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    return open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+    with _uncollected():
+        checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+    try:
+        _verify_checksums([checkpoint], _available_cores())
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
 def load(
@@ -478,15 +568,13 @@ def save(
     module = load_module(format_of_output(target).name)
     with AtomicFile(target, overwrite=overwrite) as file:
         with file.failures():
-            template = module.create(specs, metadata or {}, file.temporary)
-        sink = FileSink(file, template, None)
+            templates = module.create(specs, metadata or {}, [file.temporary])
+        output = _Output([file], templates, FileSink([file], templates, None))
         for name, array in arrays.items():
             if array.size:
-                sink.write(name, 0, array.reshape(-1))
-        if template.finish is not None:
-            with file.failures():
-                template.finish(file.descriptor)
-        file.commit()
+                output.sink.write(name, 0, array.reshape(-1))
+        output.finish()
+        output.commit()
 
 
 def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
@@ -562,30 +650,32 @@ def _plans(
         Weighting(str(rule), rule(steps[-number:]), target)
         for (rule, number), target in zip(cells, outputs, strict=True)
     ]
+    reference = checkpoints[-1].index
+    created = format_of_output(targets[0], reference) if targets else None
     with _uncollected():
         return make_plans(
             [checkpoint.index for checkpoint in checkpoints],
             steps,
             weightings,
             options,
-            patches=bool(targets) and _patches(checkpoints[-1], targets[0]),
-            output_format=format_of_output(targets[0]).name if targets else None,
+            patches=created is not None and created.name == reference.format,
+            output_format=created.name if created else None,
         )
 
 
-def _patches(reference: Checkpoint, output: str) -> bool:
-    return format_of_output(output).name == reference.index.format
+def _verify_checksums(
+    checkpoints: Iterable[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
+) -> None:
+    """Compare what files record of their own bytes with these, several at a time."""
+    pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
+    if not pairs:
+        return
+    from concurrent.futures import ThreadPoolExecutor
 
-
-def _template(plan: Plan, reference: Checkpoint, output: str, temporary: str) -> Template:
-    module = load_module(format_of_output(output).name)
-    if _patches(reference, output):
-        averaged = [decision.output for decision in plan.averaged]
-        template: Template = module.patch(reference, averaged, plan.keep_others, temporary)
-        return template
-    everything = [decision.output._replace(extent=None) for decision in plan.decisions]
-    created: Template = module.create(everything, {}, temporary)
-    return created
+    with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
+        for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
+            if tick is not None:
+                tick(size)
 
 
 def _verify(checkpoints: Iterable[Checkpoint]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
-from wavg.formats import format_of_output, is_checkpoint_name, is_other_keras_name
+from wavg.formats import ending_of, format_of_output, is_checkpoint_name
 
 __all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps"]
 
@@ -108,7 +108,7 @@ def _expand_one(name: str, output: str | None) -> list[str]:
             raise FileNotFoundError(f"no file matches {name}{hint}")
         if any(map(os.path.isdir, files)):
             return [p for file in sorted(files, key=natural_key) for p in _expand_one(file, output)]
-        return in_order(_without_output(_without_aliases(files), output))
+        return in_order(_without_output(_without_shards(_without_aliases(files)), output))
     if not os.path.exists(name):
         raise FileNotFoundError(f"there is no file or folder {name or 'without a name'}")
     return [name]
@@ -117,19 +117,12 @@ def _expand_one(name: str, output: str | None) -> list[str]:
 def _of_folder(folder: str, output: str | None) -> list[str]:
     entries = (entry for entry in os.listdir(folder) if not entry.startswith("."))
     paths = [os.path.join(folder, entry) for entry in entries]
-    unread = sorted(path for path in paths if is_other_keras_name(path))
-    if unread:
-        raise WavgError(
-            f"the folder {folder} holds {os.path.basename(unread[0])}, of a kind that this version "
-            "of wavg does not read; name the checkpoints to average with a glob",
-            path=folder,
-        )
     files = [path for path in paths if is_checkpoint_name(path) and os.path.isfile(path)]
-    files = _without_output(_without_aliases(files), output)
+    files = _without_output(_without_shards(_without_aliases(files)), output)
     if not files:
         raise FileNotFoundError(f"there is no checkpoint in the folder {folder}")
     if len({format_of_output(path) for path in files}) > 1:
-        kinds = sorted({os.path.splitext(path)[1] for path in files})
+        kinds = sorted({ending_of(path) for path in files})
         raise WavgError(
             f"the folder {folder} holds several kinds of files ({', '.join(kinds)}); "
             f"name one with a glob, such as {os.path.join(folder, '*' + kinds[0])}",
@@ -165,6 +158,13 @@ def _without_output(paths: list[str], output: str | None) -> list[str]:
         "name the inputs one by one if it is one of them, or choose another output",
         path=output,
     )
+
+
+def _without_shards(paths: list[str]) -> list[str]:
+    """Leave out the shards of Keras weights whose ``.weights.json`` stands for all of them."""
+    whole = {path[: -len(".weights.json")] for path in paths if path.endswith(".weights.json")}
+    shards = {path: re.fullmatch(r"(.*)_[0-9]{5}\.weights\.h5", path) for path in paths}
+    return [path for path, match in shards.items() if match is None or match[1] not in whole]
 
 
 def _without_aliases(paths: list[str]) -> list[str]:

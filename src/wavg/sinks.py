@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Template
+from wavg.checkpoint import Checkpoint
+from wavg.extents import Extent, extent_table, side_by_side
 from wavg.plan import Plan
 from wavg.publish import AtomicFile
+from wavg.templates import Template
 
 __all__ = ["FileSink", "MemorySink"]
 
@@ -42,31 +43,38 @@ class MemorySink:
 
 
 class FileSink:
-    """Writes results to their places in a temporary file made after a template."""
+    """Writes results to their places in temporary files made after templates, one a file."""
 
-    def __init__(self, file: AtomicFile, template: Template, reference: Checkpoint | None) -> None:
-        self._file, self._targets = file, template.targets
-        file.resize(template.size)
-        if template.head:
-            file.write(template.head, 0)
-        for extent, offset in template.carry:
-            assert reference is not None  # only a patched reference carries anything over
-            file.copy_from(reference.descriptor(extent.file), extent.offset, extent.length, offset)
+    def __init__(
+        self,
+        files: Sequence[AtomicFile],
+        templates: Sequence[Template],
+        reference: Checkpoint | None,
+    ) -> None:
+        self._files = files
+        self._places: dict[str, Extent] = {}
+        for number, (file, template) in enumerate(zip(files, templates, strict=True)):
+            for name, spec in template.targets.items():
+                assert spec.extent is not None  # a target is a place
+                extent = spec.extent
+                self._places[name] = extent._replace(file=number) if number else extent
+            file.resize(template.size)
+            for offset, data in template.pieces:
+                file.write(data, offset)
+            for extent, offset in template.carry:
+                assert reference is not None  # only a patched reference carries anything over
+                source = reference.descriptor(extent.file)
+                file.copy_from(source, extent.offset, extent.length, offset)
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
-        return name in self._targets
+        return name in self._places
 
     def joined(self, names: Sequence[str]) -> bool:
         """Do as `wavg.checkpoint.Sink.joined` says."""
-        extents = [self._targets[name].extent for name in names]
-        return all(
-            a is not None and b is not None and a.offset + a.length == b.offset
-            for a, b in itertools.pairwise(extents)
-        )
+        return bool(side_by_side(extent_table([self._places[name] for name in names])).all())
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Do as `wavg.checkpoint.Sink.write` says."""
-        extent = self._targets[name].extent
-        assert extent is not None  # a target is a place
-        self._file.write(values, extent.offset + start * values.itemsize)
+        extent = self._places[name]
+        self._files[extent.file].write(values, extent.offset + start * values.itemsize)

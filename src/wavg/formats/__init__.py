@@ -2,14 +2,19 @@
 
 A format is a short module with three functions:
 
-- ``read_index(path, *, opaque_dtype, like)`` → `Index`: what is in a file. Trusts nothing it reads.
-  `like` is the index of a checkpoint of the same run; what is the same need not be parsed again.
-- ``patch(reference, specs, keep_others, path)`` → `Template`: an output that is the reference file
-  with the numbers of `specs` replaced; every other byte as it was wherever the layout allows.
-- ``create(specs, metadata, path)`` → `Template`: a new file that holds just these tensors.
+- ``read_index(path, *, opaque_dtype, like)`` → `Index`: what is in a file. Trusts nothing it
+  reads. `like` is the index of a checkpoint of the same run; what is the same need not be parsed
+  again.
+- ``patch(reference, specs, keep_others, paths)`` → `list[Template]`: an output that is the
+  reference with the numbers of `specs` replaced, where that cannot be done in place
+  (`wavg.templates`).
+- ``create(specs, metadata, paths)`` → `list[Template]`: an output that holds just these tensors.
 
-The last two may write a skeleton to `path` and say where its payloads lie. A module may have
-``block_reader(index)`` for tensors without extents. Modules are imported when first needed.
+An output is one file, and the last two may write a skeleton to its path. Formats of several files
+have ``parts(output, index)``: the paths of an output after the reference of that index, first the
+file that names the others; and ``renamed(reference, specs, keep_others, paths)``, the template of
+that file. A module may have ``block_reader(index)`` for tensors without extents. Modules are
+imported when first needed.
 """
 
 from __future__ import annotations
@@ -26,35 +31,45 @@ from wavg.errors import CheckpointFormatError, OutputError
 __all__ = [
     "FORMATS",
     "Format",
+    "ending_of",
     "format_of_output",
     "is_checkpoint_name",
-    "is_other_keras_name",
     "load_module",
     "open_file",
+    "parts_of",
 ]
 
 
 class Format(NamedTuple):
-    """A row of the table; `isolable`: its index can be read in a process of its own."""
+    """A row of the table.
+
+    ``isolable``: its index is HDF5's business, and can be read in a process of its own.
+    ``several``: an output is several files.
+    """
 
     name: str
     suffixes: tuple[str, ...]
     magic: tuple[bytes, ...]
     module: str
     isolable: bool = False
+    several: bool = False
 
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 FORMATS = (
-    Format("keras-h5", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), "wavg.formats.keras_h5", True),
+    Format("keras-h5", (".h5", ".hdf5"), (_HDF5_MAGIC,), "wavg.formats.keras_h5", True),
+    Format("keras-weights", (".weights.h5",), (), "wavg.formats.keras_weights", True),
+    Format("keras", (".keras",), (), "wavg.formats.keras_archive", True),
+    Format("keras-shards", (".weights.json",), (), "wavg.formats.keras_shards", True, True),
     Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
+_HDF5 = {"keras-h5", "keras-weights"}  # what the same ending, .h5, may stand for
+_KERAS_MEMBERS = (b"metadata.json", b"config.json", b"model.weights.h5")
 
 # Known by name, and not read by this version: said plainly, rather than "unknown".
 _RECOGNISED = {
-    ".weights.h5": "Keras 3 weights (.weights.h5)",
-    ".keras": "Keras 3 archives (.keras)",
-    ".weights.json": "sharded Keras weights",
     ".safetensors.index.json": "sharded safetensors",
     ".pt": "PyTorch pickles (save as safetensors)",
     ".pth": "PyTorch pickles (save as safetensors)",
@@ -65,7 +80,17 @@ _RECOGNISED = {
 
 def load_module(name: str) -> Any:
     """Import the module of a format named in the table."""
-    return importlib.import_module(next(row.module for row in FORMATS if row.name == name))
+    return importlib.import_module(_row(name).module)
+
+
+def _row(name: str) -> Format:
+    return next(row for row in FORMATS if row.name == name)
+
+
+def parts_of(row: Format, output: str, index: Index | None) -> list[str]:
+    """Return the paths of the files that an output consists of; the first names the others."""
+    parts: list[str] = load_module(row.name).parts(output, index) if row.several else [output]
+    return parts
 
 
 def open_file(
@@ -103,7 +128,7 @@ def open_file(
         index = dataclasses.replace(index, tensors=like.tensors)
     if all(spec.extent is not None for spec in index.tensors):
         return Checkpoint(index)
-    return Checkpoint(index, getattr(load_module(row.name), "block_reader", None))
+    return Checkpoint(index, getattr(load_module(index.format), "block_reader", None))
 
 
 def is_checkpoint_name(path: str) -> bool:
@@ -111,26 +136,49 @@ def is_checkpoint_name(path: str) -> bool:
     return _format_by_name(path) is not None
 
 
-def is_other_keras_name(path: str) -> bool:
-    """Whether a file's name is that of a Keras checkpoint this version does not read."""
-    return "Keras" in (_recognised(path) or "")
+def format_of_output(path: str, reference: Index | None = None) -> Format:
+    """Return the format of an output: the one its name asks for.
 
-
-def format_of_output(path: str) -> Format:
-    """Return the format an output's name asks for."""
+    Two layouts of Keras are HDF5 files: an output after a `reference` in one of them is refused
+    the name of the other, unless the reference has such a name itself.
+    """
     row = _format_by_name(path)
-    if row is not None:
+    if row is None:
+        known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
+        kind = _recognised(path)
+        why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
+        raise OutputError(f"{path}: {why}; end the output's name with one of {known}", path=path)
+    if (
+        reference is None
+        or row.name == reference.format
+        or not {row.name, reference.format} <= _HDF5
+    ):
         return row
-    known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
-    kind = _recognised(path)
-    why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
-    raise OutputError(f"{path}: {why}; end the output's name with one of {known}", path=path)
+    own = _row(reference.format)
+    if _format_by_name(reference.path) is row:
+        return own
+    raise OutputError(
+        f"{path}: Keras loads what {reference.path} holds under a name that ends with "
+        f"{own.suffixes[0]} only; end the output's name so",
+        path=path,
+    )
+
+
+def ending_of(path: str) -> str:
+    """Return what of a name tells its format, or nothing.
+
+    >>> ending_of("run/model_1.weights.h5"), ending_of("notes.txt")
+    ('.weights.h5', '')
+    """
+    if _recognised(path):
+        return ""
+    endings = (suffix for row in FORMATS for suffix in row.suffixes)
+    return max((end for end in endings if path.lower().endswith(end)), key=len, default="")
 
 
 def _format_by_name(path: str) -> Format | None:
-    if _recognised(path):
-        return None
-    return next((row for row in FORMATS if path.lower().endswith(row.suffixes)), None)
+    ending = ending_of(path)
+    return next((row for row in FORMATS if ending in row.suffixes), None)
 
 
 def _recognised(path: str) -> str | None:
@@ -143,11 +191,19 @@ def _recognised(path: str) -> str | None:
 def _detect(path: str) -> Format:
     with open(path, "rb") as file:
         start = file.read(64)
-    by_magic = [row for row in FORMATS if start.startswith(row.magic)]
-    if by_magic and not (by_magic[0].name == "npz" and _recognised(path)):
-        return by_magic[0]
+    named = _format_by_name(path)
+    by_magic = next((row for row in FORMATS if row.magic and start.startswith(row.magic)), None)
+    if by_magic is not None and by_magic.name == "npz":
+        if _recognised(path):
+            by_magic = None
+        elif path.lower().endswith(".keras") or start[30:].startswith(_KERAS_MEMBERS):
+            return _row("keras")
+    if by_magic is not None:
+        return by_magic
+    if named is not None and named.name == "keras-shards" and start.lstrip()[:1] == b"{":
+        return named
     if start[8:9] == b"{" and "shard" not in (_recognised(path) or ""):
-        return next(row for row in FORMATS if row.name == "safetensors")
+        return _row("safetensors")
     raise CheckpointFormatError(f"{path}: {_diagnose(path, start)}", path=path)
 
 
@@ -163,4 +219,5 @@ def _diagnose(path: str, start: bytes) -> str:
         return f"{kind} are not read by this version of wavg"
     if path.endswith(".safetensors"):
         return "this is no safetensors file: no header where one belongs"
-    return "not a checkpoint wavg knows; it reads Keras .h5, .safetensors and .npz"
+    known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
+    return f"not a checkpoint wavg knows; it reads {known}"

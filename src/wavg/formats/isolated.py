@@ -180,6 +180,7 @@ def serve() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     answers.write(_READY)
     answers.flush()
+    like: dict[tuple[str, str | None], Index] = {}  # files of one layout are parsed once, here too
     for line in sys.stdin.buffer:
         module, path, opaque_dtype, folder, limits = json.loads(line)
         try:
@@ -187,7 +188,9 @@ def serve() -> None:
                 os.chdir(folder)
             reader = importlib.import_module(module)
             with _limited(Limits(*limits)):
-                index = reader.read_index(path, opaque_dtype=opaque_dtype, like=None)
+                key = module, opaque_dtype
+                index = reader.read_index(path, opaque_dtype=opaque_dtype, like=like.get(key))
+                like[key] = index
                 answer = wire.encode(index)
         except Exception as error:
             answer = wire.encode_error(path, error)

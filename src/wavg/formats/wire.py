@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from wavg import errors
-from wavg.checkpoint import Extent, Index
+from wavg.checkpoint import Index
 from wavg.errors import CheckpointFormatError, MissingDependencyError, WavgError
+from wavg.extents import Extent
 
 __all__ = ["decode", "encode", "encode_error"]
 
@@ -96,6 +97,12 @@ def _checked(path: str, index: Index) -> Index:
             raise ValueError("bytes outside of the file")
     if len({spec.name for spec in index.tensors}) != len(index.tensors):
         raise ValueError("two tensors of one name")
+    if index.reader_bytes < 0:
+        raise ValueError("less memory than none")
+    for checksum in index.checksums:
+        size = index.files[checksum.extent.file].size
+        if not all(0 <= place <= size - 4 for place in checksum.places):
+            raise ValueError("checksums outside of the file")
     for spec in (*index.tensors, *index.others):
         length = spec.nbytes if spec.extent is None else spec.extent.length
         if min(spec.shape, default=0) < 0 or spec.nbytes != length:

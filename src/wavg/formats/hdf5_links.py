@@ -1,0 +1,115 @@
+"""The order in which the members of an HDF5 file were linked, which HDF5's own interface hides.
+
+Keras writes groups of HDF5's old style, which are indexed by name and keep no time of creation.
+Their names, though, lie in a local heap that only ever grows at its end: a name's place in the
+heap tells when it was linked. Offsets of the data do not: HDF5 fills gaps with small datasets, and
+in a file of more than some kilobytes the order of the offsets is another one.
+
+Nothing here touches the HDF5 library. Whatever is not as expected gives no order, and no error:
+what is right to read is for others to say.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+
+__all__ = ["Read", "linked_order"]
+
+Read = Callable[[int, int], bytes]
+"""Returns so many bytes from an offset in the file, fewer at its end."""
+
+_SUPERBLOCK = b"\x89HDF\r\n\x1a\n"
+_ENTRY = struct.Struct("<QQI4xQQ")  # name's place in the heap, object, kind, B-tree, heap
+_IS_GROUP = 1  # of an entry's kinds: it knows its group's B-tree and heap
+_DEEPEST, _MOST, _LARGEST_HEAP = 32, 1 << 20, 1 << 26
+
+
+class _Unexpected(Exception):
+    """The file is not laid out as Keras' are."""
+
+
+def linked_order(read: Read) -> dict[str, int]:
+    """Return the rank of every path in the order of creation, each group before its members.
+
+    Parameters
+    ----------
+    read
+        Gives bytes of the file at an offset.
+
+    Returns
+    -------
+    dict
+        Path, without a leading slash, to rank. Empty where the file does not tell.
+
+    Notes
+    -----
+    Reads the metadata of groups only: for a file of n members some 100 n bytes.
+    """
+    try:
+        return {path: rank for rank, path in enumerate(_walk(read))}
+    except (_Unexpected, struct.error, UnicodeDecodeError, OverflowError, OSError):
+        return {}
+
+
+def _walk(read: Read) -> Iterator[str]:
+    head = read(0, 96)
+    if len(head) < 96 or head[:8] != _SUPERBLOCK or head[8] > 1 or head[13:15] != b"\x08\x08":
+        raise _Unexpected
+    start = 24 if head[8] == 0 else 28
+    base, *_ = struct.unpack_from("<Q", head, start)
+    _, _, kind, tree, heap = _ENTRY.unpack_from(head, start + 32)
+    if base or kind != _IS_GROUP:
+        raise _Unexpected
+    seen = {tree}
+    pending = [iter(_members(read, tree, heap))]
+    prefixes, count = [""], 0
+    while pending:
+        member = next(pending[-1], None)
+        if member is None:
+            pending.pop()
+            prefixes.pop()
+            continue
+        name, kind, tree, heap = member
+        count += 1
+        yield prefixes[-1] + name
+        if kind == _IS_GROUP:
+            if tree in seen or len(pending) > _DEEPEST or count > _MOST:
+                raise _Unexpected
+            seen.add(tree)
+            prefixes.append(f"{prefixes[-1]}{name}/")
+            pending.append(iter(_members(read, tree, heap)))
+
+
+def _members(read: Read, tree: int, heap: int) -> list[tuple[str, int, int, int]]:
+    """Return the members of a group as they were linked: name, kind, B-tree and heap."""
+    signature, size, data = struct.unpack("<4s4xQ8xQ", read(heap, 32))
+    if signature != b"HEAP" or size > _LARGEST_HEAP:
+        raise _Unexpected
+    names, members = read(data, size), []
+    for place, _, kind, its_tree, its_heap in sorted(_entries(read, tree)):
+        end = names.find(b"\0", place)
+        if end < 0:
+            raise _Unexpected
+        members.append((names[place:end].decode(), kind, its_tree, its_heap))
+    return members
+
+
+def _entries(read: Read, tree: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield the entries below a B-tree's node, whatever their order."""
+    pending, steps = [tree], 0
+    while pending:
+        node = pending.pop()
+        steps += 1
+        head = read(node, 24)
+        if steps > _MOST:
+            raise _Unexpected
+        if head[:4] == b"TREE" and head[4] == 0:
+            used = int.from_bytes(head[6:8], "little")
+            children = struct.unpack(f"<{2 * used}Q", read(node + 24, 16 * used))[1::2]
+            pending.extend(children)
+        elif head[:4] == b"SNOD":
+            used = int.from_bytes(head[6:8], "little")
+            yield from _ENTRY.iter_unpack(read(node + 8, used * _ENTRY.size))
+        else:
+            raise _Unexpected

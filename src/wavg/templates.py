@@ -1,0 +1,101 @@
+"""How an output file comes to be: what is carried over, what is new, and where the numbers go.
+
+Most outputs are the reference with its numbers replaced *in place*: a plan of byte ranges that
+needs to know no format. A format comes in only where its layout changes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from wavg.checkpoint import Checksum, Index, TensorSpec, crc32
+from wavg.extents import Extent, complement
+
+__all__ = ["Template", "can_patch_in_place", "in_place", "mend"]
+
+
+class Template(NamedTuple):
+    """One output file in the making.
+
+    Attributes
+    ----------
+    size
+        Bytes of the file.
+    targets
+        For each tensor to be written, its dtype and place in the output.
+    pieces
+        New bytes, each with its offset.
+    carry
+        Extents of the reference checkpoint to copy, each with its place in the output.
+    finish
+        Called with the output's descriptor when all is written (checksums).
+    """
+
+    size: int
+    targets: Mapping[str, TensorSpec]
+    pieces: Sequence[tuple[int, bytes]] = ()
+    carry: Sequence[tuple[Extent, int]] = ()
+    finish: Callable[[int], None] | None = None
+
+
+def can_patch_in_place(index: Index, specs: Sequence[TensorSpec], keep_others: bool) -> bool:
+    """Whether the numbers of `specs` go where those of the reference lie.
+
+    A spec has an extent, the reference's, where they do; not where its dtype is another.
+    """
+    return (
+        (keep_others or not index.others)
+        and all(spec.extent is not None for spec in specs)
+        and all(checksum.places for checksum in index.checksums)
+    )
+
+
+def in_place(index: Index, specs: Sequence[TensorSpec]) -> list[Template]:
+    """Return templates, one a file, of the reference with the numbers of `specs` replaced.
+
+    Every other byte is carried over; checksums of what was replaced are mended.
+    """
+    templates = []
+    for number, identity in enumerate(index.files):
+        targets = {
+            spec.name: spec
+            for spec in specs
+            if spec.extent is not None and spec.extent.file == number
+        }
+        extents = [spec.extent for spec in targets.values() if spec.extent is not None]
+        touched = _touched((c for c in index.checksums if c.extent.file == number), extents)
+        templates.append(
+            Template(
+                identity.size,
+                targets,
+                carry=[
+                    (extent._replace(file=number), offset)
+                    for extent, offset in complement(identity.size, extents)
+                ],
+                finish=functools.partial(mend, checksums=touched) if touched else None,
+            )
+        )
+    return templates
+
+
+def _touched(checksums: Iterable[Checksum], extents: Iterable[Extent]) -> list[Checksum]:
+    """Return the checksums of bytes in which one of the extents begins."""
+    starts = sorted(extent.offset for extent in extents)
+    return [
+        checksum
+        for checksum in checksums
+        if bisect.bisect_left(starts, checksum.extent.offset)
+        < bisect.bisect_left(starts, checksum.extent.offset + checksum.extent.length)
+    ]
+
+
+def mend(descriptor: int, checksums: Iterable[Checksum]) -> None:
+    """Compute checksums anew, and write each wherever the file keeps it."""
+    for checksum in checksums:
+        value = crc32(descriptor, checksum.extent).to_bytes(4, "little")
+        for place in checksum.places:
+            os.pwrite(descriptor, value, place)
