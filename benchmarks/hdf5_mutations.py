@@ -89,10 +89,9 @@ class Base:
         texts = re.finditer(rb"[ -~]{40,}", self.data)  # configurations; harmless to change
         dull = {place for text in texts for place in range(*text.span())}
         self.places = [place for place in self.places if place not in dull] or self.places
-        names = re.finditer(rb"(?:(?:weight|layer)_names|keras_version|backend)\0", self.data)
-        self.types = [
-            place for name in names for place in range(name.start() - 16, name.end() + 48)
-        ]
+        names = re.finditer(rb"(?:_names|keras_version|backend|\0name)\0", self.data)
+        types = {place for name in names for place in range(name.start() - 28, name.end() + 48)}
+        self.types = sorted(types) or self.places
 
     def mutant(self, rng: random.Random) -> Mutant:
         edits = [self._edit(rng) for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16, 32)))]
