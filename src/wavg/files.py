@@ -473,7 +473,7 @@ def open_checkpoint(
         ``"bfloat16"`` declares unnamed two-byte values to be so.
     isolate
         Look into an HDF5 file in a process of its own, for files from strangers: one that crashes
-        the HDF5 library, or keeps it busy for more than 10 s, is then a `CheckpointFormatError`.
+        the HDF5 library, or keeps it busy for more than 30 s, is then a `CheckpointFormatError`.
         The process starts with the first such file, in some 0.2 s, and stays for the next ones.
 
     Returns

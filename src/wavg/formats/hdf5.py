@@ -195,6 +195,8 @@ def texts(group: Any) -> dict[str, str]:
     """Return the attributes that are texts."""
     found = {}
     for key in group.attrs:
+        if not isinstance(key, str):
+            continue  # a name of bytes that are no UTF-8
         kind = group.attrs.get_id(key)
         if kind.shape == () and kind.dtype.kind in "OS":
             value = group.attrs[key]
