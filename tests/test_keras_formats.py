@@ -306,12 +306,16 @@ def test_an_archive_averages_into_a_weights_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.keras", "needs a model's configuration"), ("a.weights.json", "from sharded weights only")],
+    [("a.keras", "need a model's configuration"), ("a.weights.json", "need shards to follow")],
 )
 def test_what_needs_its_kind_of_input_says_so(tmp_path, name, message):
     paths = [weights_file(str(tmp_path), step) for step in (1, 2)]
     with pytest.raises(wavg.OutputError, match=message):
         wavg.average_checkpoints(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.plan_average(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.save(tmp_path / name, model(1))
     assert not list(tmp_path.glob("a.*"))
     assert not list(tmp_path.glob(".*"))
 
