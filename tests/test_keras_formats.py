@@ -282,11 +282,25 @@ def test_a_layout_that_differs_in_one_byte_is_parsed_again(tmp_path):
         wavg.average_checkpoints(paths)
 
 
-def test_an_output_named_as_keras_would_not_load_it_is_refused(tmp_path):
-    paths = [weights_file(str(tmp_path), step) for step in (1, 2)]
-    with pytest.raises(wavg.OutputError, match=r"ends with \.weights\.h5 only"):
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("weights", r"end it with \.weights\.h5"),
+        ("archive", r"end it with \.keras or \.weights\.h5"),
+        ("shards", r"end it with \.weights\.json or \.weights\.h5"),
+    ],
+)
+def test_an_output_named_as_keras_would_not_load_it_is_refused(tmp_path, kind, advice):
+    paths = [MAKE[kind](str(tmp_path), step) for step in (1, 2)]
+    with pytest.raises(wavg.OutputError, match=advice):
         wavg.average_checkpoints(paths, tmp_path / "average.h5")
     assert not os.path.exists(tmp_path / "average.h5")
+
+
+def test_a_legacy_file_is_refused_the_name_of_keras_3s_weights(tmp_path):
+    wavg.save(tmp_path / "m.h5", {"dense/kernel": np.float32([1])})
+    with pytest.raises(wavg.OutputError, match=r"end it with \.h5"):
+        wavg.average_checkpoints([tmp_path / "m.h5"], tmp_path / "average.weights.h5")
 
 
 def test_legacy_weights_named_weights_h5_stay_what_they_are(tmp_path):
@@ -308,12 +322,16 @@ def test_an_archive_averages_into_a_weights_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.keras", "needs a model's configuration"), ("a.weights.json", "from sharded weights only")],
+    [("a.keras", "need a model's configuration"), ("a.weights.json", "need shards to follow")],
 )
 def test_what_needs_its_kind_of_input_says_so(tmp_path, name, message):
     paths = [weights_file(str(tmp_path), step) for step in (1, 2)]
     with pytest.raises(wavg.OutputError, match=message):
         wavg.average_checkpoints(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.plan_average(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.save(tmp_path / name, model(1))
     assert not list(tmp_path.glob("a.*"))
     assert not list(tmp_path.glob(".*"))
 

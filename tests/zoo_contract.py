@@ -5,6 +5,7 @@ Each check raises AssertionError; `assert_the_checks_see_planted_errors` shows t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import struct
@@ -220,4 +221,8 @@ def assert_the_checks_see_planted_errors(run, form, tmp_path):
     path.write_bytes(data)
     assert_only_numbers_changed(newest, output, report)
     assert_is_the_average(loaded_weights(run, output), run)
-    assert not is_in_order(run, form) or run.weights[0] is not run.weights[1]
+
+    assert is_in_order(run, form)
+    swapped = [[arrays[1], arrays[0], *arrays[2:]] for arrays in run.weights]
+    assert not is_in_order(dataclasses.replace(run, weights=swapped), form)
+    assert not is_in_order(dataclasses.replace(run, weights=run.weights[::-1]), form)

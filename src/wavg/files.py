@@ -21,7 +21,14 @@ from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError, OutputExistsError
-from wavg.formats import Format, format_of_output, load_module, open_file, parts_of
+from wavg.formats import (
+    Format,
+    format_of_output,
+    load_module,
+    open_file,
+    parts_of,
+    refuse_new,
+)
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
@@ -291,7 +298,7 @@ def _write(
         outputs = []
         for plan, target in zip(plans, targets, strict=True):
             row = format_of_output(target, reference.index)
-            paths = parts_of(row, target, reference.index if plan.patches else None)
+            paths = parts_of(row, target, reference.index)
             if len(paths) > 1 and overwrite:
                 _refuse_replacing(paths)
             files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
@@ -565,10 +572,11 @@ def save(
     # Not ascontiguousarray: it would make a zero-dimensional array one-dimensional.
     arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     specs = [_spec_of(target, name, array) for name, array in arrays.items()]
-    module = load_module(format_of_output(target).name)
+    row = format_of_output(target)
+    refuse_new(row, target)
     with AtomicFile(target, overwrite=overwrite) as file:
         with file.failures():
-            templates = module.create(specs, metadata or {}, [file.temporary])
+            templates = load_module(row.name).create(specs, metadata or {}, [file.temporary])
         output = _Output([file], templates, FileSink([file], templates, None))
         for name, array in arrays.items():
             if array.size:
@@ -602,7 +610,7 @@ def _allow_open_files(count: int) -> None:
         import resource
     except ImportError:  # pragma: no cover - Windows has no such limit
         return
-    needed = 2 * count + 64
+    needed = 64 * count + 64  # a checkpoint may be many files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
-from wavg.errors import CheckpointFormatError, OutputError
+from wavg.errors import CheckpointFormatError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
 from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
-__all__ = ["create", "parts", "patch", "read_index", "renamed"]
+__all__ = ["parts", "patch", "read_index", "renamed"]
 
 _LARGEST_MAP = 10 << 20
 _MOST_SHARDS = 100_000
@@ -106,14 +106,8 @@ def _shard(path: str, shard: str, opaque_dtype: str | None) -> Index:
         raise _bad(path, f"the shard {os.path.basename(shard)} is missing") from None
 
 
-def parts(output: str, index: Index | None) -> list[str]:
+def parts(output: str, index: Index) -> list[str]:
     """Return the paths of an output: the map, and as many shards as the reference has."""
-    if index is None:
-        raise OutputError(
-            f"{output}: sharded weights are written from sharded weights only; end the output's "
-            "name with .weights.h5",
-            path=output,
-        )
     base = output[: -len(_SUFFIX)]
     return [output, *(f"{base}_{number:05}.weights.h5" for number in range(len(index.files) - 1))]
 
@@ -156,10 +150,3 @@ def patch(
         chosen = {name: replaced[name] for name in here if name in replaced}
         templates.append(hdf5_rewrite.rewrite(Source(old.path), Source(new), chosen, here, drop))
     return templates
-
-
-def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
-) -> list[Template]:
-    """Refuse, as `parts` does."""
-    raise OutputError(f"{paths[0]}: sharded weights are not written anew", path=paths[0])
