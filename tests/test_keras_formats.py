@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+from pathlib import Path
 
 import h5py
 import ml_dtypes
@@ -16,8 +17,9 @@ import pytest
 import wavg
 from contract import FormatContract, assert_same, read_bytes, smallest_budget
 from wavg import CheckpointFormatError
-from wavg.formats import zips
+from wavg.formats import hdf5, zips
 
+GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.weights.h5"
 STATE = {
     "layers/dense/vars/0": (3, 4),
@@ -736,3 +738,29 @@ def test_an_archive_of_very_many_members_is_laid_out_as_zips_are(tmp_path):
     wavg.save(path, tensors)
     with zipfile.ZipFile(path) as zipped:
         assert len(zipped.namelist()) == len(tensors)
+
+
+@pytest.mark.parametrize(("offset", "byte"), [(5442, 0xBF), (35369, 0x4E)])
+def test_an_address_where_no_file_can_have_bytes_is_a_format_error(tmp_path, offset, byte):
+    data = bytearray((GOLDEN / "tf_keras_attention_1.keras").read_bytes())
+    data[offset] = byte  # the highest byte but one of an address
+    path = tmp_path / "m.keras"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointFormatError, match=r"not a sound HDF5 file|CRC-32"):
+        wavg.load(path)
+
+
+def test_what_lies_beyond_the_end_of_an_archives_weights_is_zeros(tmp_path):
+    (tmp_path / "m").write_bytes(b"..weights..")
+    with open(tmp_path / "m", "rb", buffering=0) as file:
+        window = hdf5._Window(file, 2, 7)
+        for position, expected in (
+            (0, b"weig"),
+            (5, b"ts\0\0"),
+            (7, bytes(4)),
+            (1 << 63, bytes(4)),
+        ):
+            buffer = bytearray(b"####")
+            window.seek(position)
+            assert window.readinto(buffer) == len(expected.rstrip(b"\0"))
+            assert buffer == expected
