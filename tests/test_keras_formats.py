@@ -350,6 +350,14 @@ def test_the_attribute_of_bfloat16_is_understood(tmp_path):
     assert_same(wavg.load(tmp_path / "m.weights.h5"), {"layers/dense/vars/0": values})
 
 
+def test_an_attribute_of_no_known_dtype_is_a_format_error(tmp_path):
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        dataset = file.create_dataset("layers/dense/vars/0", data=np.zeros(2, "V2"))
+        dataset.attrs["dtype"] = "float1"
+    with pytest.raises(CheckpointFormatError, match=r"vars/0 calls itself.*'float1'"):
+        wavg.load(tmp_path / "m.weights.h5")
+
+
 # --- chunks ---------------------------------------------------------------------------------------
 
 CHUNKED = {
