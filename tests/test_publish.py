@@ -14,7 +14,7 @@ import pytest
 
 import wavg
 from wavg import OutputError, OutputExistsError, publish
-from wavg.publish import AtomicFile
+from wavg.publish import AtomicFile, AtomicFolder, refuse_full
 
 
 def write(path, data=b"new", **options):
@@ -175,3 +175,196 @@ def test_a_failure_of_the_disk_at_work_is_told_and_leaves_the_old_file(tmp_path,
         write(path, b"x" * 200, overwrite=True)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def write_folder(path, files=("a", "b"), **options):
+    with AtomicFolder(str(path), **options) as folder:
+        for name in files:
+            file = folder.file(name)
+            file.resize(3)
+            file.write(b"new", 0)
+        folder.commit()
+
+
+def old_folder(path):
+    path.mkdir()
+    (path / "a").write_bytes(b"old")
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def refuse_flags(monkeypatch):
+    """A system that renames, but knows neither exchange nor refusal to replace."""
+
+    def rename(old, new, flag):
+        raise OSError(errno.EINVAL, "no such flag")
+
+    monkeypatch.setattr(publish, "_rename", rename)
+
+
+def test_a_folder_appears_with_its_files(tmp_path):
+    with AtomicFolder(f"{tmp_path}/out") as folder:
+        folder.file("a").write(b"new", 0)
+        assert [name[:5] for name in os.listdir(tmp_path)] == [".out."]
+        folder.commit()
+    assert contents(tmp_path / "out") == {"a": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_without_commit_leaves_no_trace(tmp_path):
+    with AtomicFolder(f"{tmp_path}/out") as folder:
+        folder.file("a").write(b"new", 0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_or_replaced_whole(tmp_path):
+    old_folder(tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        write_folder(tmp_path / "out", ["b"])
+    write_folder(tmp_path / "out", ["b"], overwrite=True)
+    assert contents(tmp_path / "out") == {"b": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_holds_folders_is_not_replaced(tmp_path):
+    (tmp_path / "out/deep").mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds the folder deep, which would be lost"):
+        write_folder(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["deep"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_bytes(b"old")
+    for path in ("out", "out/"):
+        with pytest.raises(OutputError, match="is a file; the output is a folder"):
+            write_folder(f"{tmp_path}/{path}", overwrite=True)
+    assert (tmp_path / "out").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path, monkeypatch, flags):
+    if not flags:
+        refuse_flags(monkeypatch)
+    with AtomicFolder(f"{tmp_path}/out") as folder:
+        folder.file("a").write(b"new", 0)
+        old_folder(tmp_path / "out")
+        with pytest.raises(OutputExistsError):
+            folder.commit()
+    assert contents(tmp_path / "out") == {"a": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_system_that_cannot_exchange_folders_makes_new_ones_only(tmp_path, monkeypatch):
+    refuse_flags(monkeypatch)
+    write_folder(tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="cannot replace a folder at one instant"):
+        write_folder(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == {"a": b"new", "b": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_follows_links_the_umask_and_the_folder_replaced(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_folder(tmp_path / "real")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(os.stat(tmp_path / "real").st_mode) == 0o750
+    assert stat.S_IMODE(os.stat(tmp_path / "real/a").st_mode) == 0o640
+    os.chmod(tmp_path / "real", 0o705)
+    os.symlink("real", tmp_path / "link")
+    write_folder(tmp_path / "link", ["c"], overwrite=True)
+    assert os.path.islink(tmp_path / "link")
+    assert contents(tmp_path / "real") == {"c": b"new"}
+    assert stat.S_IMODE(os.stat(tmp_path / "real").st_mode) == 0o705
+
+
+def test_a_folder_published_is_withdrawn_unless_it_replaced_another(tmp_path):
+    for overwrite in (False, True):
+        with AtomicFolder(f"{tmp_path}/out", overwrite=overwrite) as folder:
+            folder.commit()
+            folder.withdraw()
+        assert os.listdir(tmp_path) == ["out"] * overwrite
+
+
+FOLDER_SITES = ["mkdir", "ftruncate", "pwrite", "fsync", "open", "listdir", "scandir"]
+
+
+@pytest.mark.parametrize("site", FOLDER_SITES)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failing_system_call_leaves_the_old_folder_and_no_trace(
+    tmp_path, monkeypatch, site, code
+):
+    old_folder(tmp_path / "out")
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, site, fail)
+        with pytest.raises(OutputError, match="untouched") as caught:
+            write_folder(tmp_path / "out", overwrite=True)
+    assert caught.value.errno == code
+    assert contents(tmp_path / "out") == {"a": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failing_exchange_leaves_the_old_folder_and_no_trace(tmp_path, monkeypatch):
+    old_folder(tmp_path / "out")
+    real = publish._rename
+
+    def fail(old, new, flag):
+        if new == str(tmp_path / "out"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(old, new, flag)
+
+    monkeypatch.setattr(publish, "_rename", fail)
+    with pytest.raises(OutputError, match="untouched"):
+        write_folder(tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == {"a": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_killed_run_left_of_a_folder_is_reclaimed_and_a_living_ones_is_not(tmp_path):
+    script = (
+        "import sys; from wavg.publish import AtomicFolder\n"
+        "folder = AtomicFolder(sys.argv[1]).__enter__(); folder.file('a').write(b'x', 0)\n"
+        "print(folder.temporary, flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+    )
+    stray = child.stdout.readline().strip()
+    write_folder(tmp_path / "out")
+    assert os.listdir(stray) == ["a"]  # its owner lives
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    child.stdin.close()
+    write_folder(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_before_anything_is_begun(tmp_path):
+    refuse_full(f"{tmp_path}/out", 1)
+    with pytest.raises(OutputError, match="nothing was begun") as caught:
+        refuse_full(f"{tmp_path}/out", 1 << 62)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_file_system_that_does_not_know_its_size_is_trusted(tmp_path, monkeypatch):
+    unknown = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: unknown)
+    refuse_full(f"{tmp_path}/out", 1 << 62)

@@ -1,7 +1,7 @@
-"""The only code that makes an output file appear.
+"""The only code that makes an output file or folder appear.
 
 It writes into a temporary sibling and renames it when complete, so that under the destination's
-name there is the old file whole or the new file whole, at every instant. It knows bytes and
+name there is the old one whole or the new one whole, at every instant. It knows bytes and
 offsets, nothing of checkpoints' meaning.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -23,70 +24,79 @@ from wavg.errors import OutputError, OutputExistsError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+    from typing_extensions import Self
+
 try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows: strays are then left for a person to remove
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["AtomicFile", "refuse_existing"]
+__all__ = ["AtomicFile", "AtomicFolder", "NewFile", "refuse_existing", "refuse_full"]
 
 _COPY_BYTES = 1 << 20
 _SYNC_BYTES = 32 << 20  # written before the disk is set to work on them
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 _SUFFIX = ".wavg-tmp"
+_NO_REPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
+_NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP)  # no such call, or flag
 
 
-def refuse_existing(path: str, overwrite: bool) -> None:
+def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None:
     """Raise `OutputExistsError` if there is something at `path` that was not to be replaced."""
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError(
             f"{path} exists; choose another output, or pass overwrite=True (--overwrite)", path=path
         )
-    if os.path.isdir(path):
+    if not folder and os.path.isdir(path):
         raise OutputError(f"{path} is a folder; the output is a file", path=path)
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise OutputError(f"cannot write {path}: there is no folder {folder}", path=path)
+    if folder and os.path.lexists(path.rstrip("/")) and not os.path.isdir(path):
+        raise OutputError(f"{path} is a file; the output is a folder", path=path)
+    parent = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(parent):
+        raise OutputError(f"cannot write {path}: there is no folder {parent}", path=path)
 
 
-class AtomicFile:
-    """A file in the making. Leaving the ``with`` block without `commit` leaves no trace.
+def refuse_full(path: str, size: int) -> None:
+    """Raise `OutputError` if the disk has no room for `size` more bytes where `path` is to be.
 
-    Parameters
-    ----------
-    path
-        The destination; if it is a symbolic link, what it points to.
-    overwrite
-        Whether an existing file may be replaced.
+    Nothing is told where the system does not know.
+    """
+    try:
+        disk = os.statvfs(os.path.dirname(os.path.realpath(path)))
+    except (AttributeError, OSError):  # pragma: no cover - Windows
+        return
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and size > free:
+        raise OutputError(
+            f"cannot write {path}: it takes {size:,} bytes, and {free:,} are free on the disk; "
+            "nothing was begun",
+            path=path,
+            errno=errno.ENOSPC,
+        )
 
-    Notes
-    -----
-    The temporary file is locked while this process lives. A later run to the same destination
-    removes temporaries that nobody holds a lock on: what a killed run left behind.
+
+class NewFile:
+    """A file that is written at one place, and is to appear at another by someone's rename.
+
+    Leaving the ``with`` block removes it from the first.
     """
 
-    def __init__(self, path: str, *, overwrite: bool = False) -> None:
-        refuse_existing(path, overwrite)
-        self.path, self._overwrite = path, overwrite
-        self._destination = os.path.realpath(path)
-        self._folder, name = os.path.split(self._destination)
-        self._prefix = f".{name}."
-        self.temporary = os.path.join(self._folder, f"{self._prefix}{os.urandom(6).hex()}{_SUFFIX}")
+    def __init__(self, path: str, temporary: str) -> None:
+        self.path, self.temporary = path, temporary
         self._descriptor = -1
         self._counting = threading.Lock()
         self._unsynced = 0
         self._syncer: ThreadPoolExecutor | None = None
         self._sync: Future[None] | None = None
 
-    def __enter__(self) -> AtomicFile:
+    def __enter__(self) -> Self:
         with self.failures():
-            self._reclaim()
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            self._descriptor = os.open(self.temporary, flags, 0o666)  # less the umask
-            self._lock(self._descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                os.chmod(self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode))
+            self._create()
         return self
+
+    def _create(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(self.temporary, flags, 0o666)  # less the umask
 
     def __exit__(
         self,
@@ -122,7 +132,7 @@ class AtomicFile:
     def _write_behind(self, size: int) -> None:
         """Set the disk to work while the computation goes on, rather than wait for it at the end.
 
-        A failure is raised here or by `commit`; the system reports it only once.
+        A failure is raised here or by `sync`; the system reports it only once.
         """
         with self._counting:
             self._unsynced += size
@@ -155,6 +165,49 @@ class AtomicFile:
                 self._sync.result()
             os.fsync(self._descriptor)
 
+    def _close(self) -> None:
+        try:
+            if self._syncer is not None:
+                self._syncer.shutdown()  # before its file goes
+        finally:
+            if self._descriptor >= 0:
+                descriptor, self._descriptor = self._descriptor, -1
+                os.close(descriptor)
+
+    def failures(self) -> contextlib.AbstractContextManager[None]:
+        """Turn what the system refuses into an `OutputError` that names the destination."""
+        return _failures(self.path, self.temporary)
+
+
+class AtomicFile(NewFile):
+    """A file in the making. Leaving the ``with`` block without `commit` leaves no trace.
+
+    Parameters
+    ----------
+    path
+        The destination; if it is a symbolic link, what it points to.
+    overwrite
+        Whether an existing file may be replaced.
+
+    Notes
+    -----
+    The temporary file is locked while this process lives. A later run to the same destination
+    removes temporaries that nobody holds a lock on: what a killed run left behind.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+        refuse_existing(path, overwrite)
+        self._overwrite = overwrite
+        self._destination = os.path.realpath(path)
+        super().__init__(path, _beside(self._destination))
+
+    def _create(self) -> None:
+        _reclaim(self._destination)
+        super()._create()
+        _lock(self._descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode))
+
     def commit(self) -> None:
         """Make the file durable and let it appear under its name."""
         self.sync()
@@ -163,7 +216,7 @@ class AtomicFile:
                 os.replace(self.temporary, self._destination)
             else:
                 self._publish_new()
-            self._sync_folder()
+            _sync_folder(os.path.dirname(self._destination))
 
     def withdraw(self) -> None:
         """Remove what `commit` let appear, if it replaced nothing."""
@@ -176,67 +229,226 @@ class AtomicFile:
         try:
             os.link(self.temporary, self._destination)
         except FileExistsError:
-            raise OutputExistsError(
-                f"{self.path} appeared while it was being written; it was left as it is",
-                path=self.path,
-            ) from None
+            raise _appeared(self.path) from None
         except OSError:  # a file system without hard links
             refuse_existing(self._destination, overwrite=False)
             os.rename(self.temporary, self._destination)
 
-    def _sync_folder(self) -> None:
-        if os.name != "posix":  # pragma: no cover
-            return
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
-    def _lock(self, descriptor: int) -> bool:
-        if fcntl is None:  # pragma: no cover
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+class AtomicFolder:
+    """A folder of files in the making. Leaving the ``with`` block without `commit` leaves no trace.
 
-    def _reclaim(self) -> None:
-        for name in os.listdir(self._folder):
-            if name.startswith(self._prefix) and name.endswith(_SUFFIX):
-                stray = os.path.join(self._folder, name)
-                with contextlib.suppress(OSError):
-                    descriptor = os.open(stray, os.O_RDWR)
-                    try:
-                        if self._lock(descriptor):
-                            os.unlink(stray)
-                    finally:
-                        os.close(descriptor)
+    Parameters
+    ----------
+    path
+        The destination; if it is a symbolic link, what it points to.
+    overwrite
+        Whether an existing folder may be replaced, with all that is in it. It must hold nothing but
+        files, and the file system must be able to exchange two folders at one instant.
 
-    def _close(self) -> None:
+    Notes
+    -----
+    The temporary folder is locked as an `AtomicFile` is, and reclaimed like it.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+        refuse_existing(path, overwrite, folder=True)
+        self.path, self._overwrite = path, overwrite
+        self._destination = os.path.realpath(path)
+        self.temporary = _beside(self._destination)
+        self._descriptor = -1
+        self._files: list[NewFile] = []
+
+    def __enter__(self) -> Self:
+        with _failures(self.path, self.temporary):
+            _reclaim(self._destination)
+            os.mkdir(self.temporary)  # less the umask
+            try:
+                if os.path.isdir(self._destination):
+                    self._refuse_unless_exchangeable()
+                    os.chmod(
+                        self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode) | 0o300
+                    )
+                self._descriptor = os.open(self.temporary, os.O_RDONLY)
+                _lock(self._descriptor)
+            except BaseException:
+                _remove(self.temporary)
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         try:
-            if self._syncer is not None:
-                self._syncer.shutdown()  # before its file goes
+            for file in self._files:
+                file.__exit__(kind, value, traceback)
+            if os.path.lexists(self.temporary):
+                _remove(self.temporary)
         finally:
             if self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
                 os.close(descriptor)
 
-    @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
-        """Turn what the system refuses into an `OutputError` that names the destination."""
+    def file(self, name: str) -> NewFile:
+        """Begin a file of the folder; it is closed with it."""
+        new = NewFile(os.path.join(self.path, name), os.path.join(self.temporary, name))
+        self._files.append(new.__enter__())
+        return new
+
+    def sync(self) -> None:
+        """Make the folder and its files durable, still under its temporary name."""
+        for file in self._files:
+            file.sync()
+        with _failures(self.path, self.temporary):
+            os.fsync(self._descriptor)
+
+    def commit(self) -> None:
+        """Make the folder durable and let it appear, whole, under its name."""
+        self.sync()
+        with _failures(self.path, self.temporary):
+            if self._overwrite and os.path.isdir(self._destination):
+                refuse_folders_within(self._destination)
+                _rename(self.temporary, self._destination, _EXCHANGE)
+                _sync_folder(os.path.dirname(self._destination))
+                with contextlib.suppress(OSError):  # the next run reclaims what cannot go now
+                    _remove(self.temporary)
+            else:
+                self._publish_new()
+            _sync_folder(os.path.dirname(self._destination))
+
+    def withdraw(self) -> None:
+        """Remove what `commit` let appear, if it replaced nothing."""
+        if not self._overwrite:
+            with contextlib.suppress(FileNotFoundError):
+                _remove(self._destination)
+
+    def _publish_new(self) -> None:
         try:
-            yield
-        except OutputError as error:
-            if self.temporary not in str(error):
-                raise
-            message = str(error).replace(self.temporary, self.path)
-            raise OutputError(message, path=self.path, tensor=error.tensor) from error
+            _rename(self.temporary, self._destination, _NO_REPLACE)
+        except FileExistsError:
+            raise _appeared(self.path) from None
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; "
-                "what stood there before is untouched",
+            if error.errno not in _NOT_HERE:
+                raise
+            refuse_existing(self._destination, overwrite=False, folder=True)
+            os.rename(self.temporary, self._destination)
+
+    def _refuse_unless_exchangeable(self) -> None:
+        """Try with two empty folders whether a folder can be replaced at one instant here."""
+        refuse_folders_within(self._destination)
+        other = _beside(self._destination)
+        os.mkdir(other)
+        try:
+            _rename(self.temporary, other, _EXCHANGE)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            raise OutputExistsError(
+                f"{self.path} exists, and this system cannot replace a folder at one instant; "
+                "remove it, or choose another output",
                 path=self.path,
-                errno=error.errno,
-            ) from error
+            ) from None
+        finally:
+            os.rmdir(other)
+
+
+def refuse_folders_within(path: str) -> None:
+    """Raise `OutputError` if a folder that is to be replaced has folders in it."""
+    with os.scandir(path) as entries:
+        inner = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    if inner:
+        raise OutputError(
+            f"{path} is not replaced: it holds the folder {inner[0]}, which would be lost; "
+            "choose another output",
+            path=path,
+        )
+
+
+def _beside(destination: str) -> str:
+    folder, name = os.path.split(destination)
+    return os.path.join(folder, f".{name}.{os.urandom(6).hex()}{_SUFFIX}")
+
+
+def _lock(descriptor: int) -> bool:
+    if fcntl is None:  # pragma: no cover
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _reclaim(destination: str) -> None:
+    """Remove what killed runs to this destination left beside it."""
+    folder, name = os.path.split(destination)
+    for entry in os.listdir(folder):
+        if entry.startswith(f".{name}.") and entry.endswith(_SUFFIX):
+            stray = os.path.join(folder, entry)
+            with contextlib.suppress(OSError):
+                descriptor = os.open(stray, os.O_RDONLY if os.path.isdir(stray) else os.O_RDWR)
+                try:
+                    if _lock(descriptor):
+                        _remove(stray)
+                finally:
+                    os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    """Remove a file, or a folder of files; what holds folders was not made here."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        os.unlink(path)
+        return
+    for name in os.listdir(path):
+        os.unlink(os.path.join(path, name))
+    os.rmdir(path)
+
+
+def _rename(old: str, new: str, flag: int) -> None:
+    """Rename as Linux's renameat2 does; where there is none, raise `OSError` with ENOSYS."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None or not sys.platform.startswith("linux"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    here = ctypes.c_int(-100)  # AT_FDCWD
+    if rename(here, os.fsencode(old), here, os.fsencode(new), ctypes.c_uint(flag)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), old)
+
+
+def _sync_folder(folder: str) -> None:
+    if os.name != "posix":  # pragma: no cover
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _appeared(path: str) -> OutputExistsError:
+    return OutputExistsError(
+        f"{path} appeared while it was being written; it was left as it is", path=path
+    )
+
+
+@contextlib.contextmanager
+def _failures(path: str, temporary: str) -> Iterator[None]:
+    """Turn what the system refuses into an `OutputError` that names the destination."""
+    try:
+        yield
+    except OutputError as error:
+        if temporary not in str(error):
+            raise
+        message = str(error).replace(temporary, path)
+        raise OutputError(message, path=path, tensor=error.tensor) from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; what stood there before is untouched",
+            path=path,
+            errno=error.errno,
+        ) from error
