@@ -172,7 +172,8 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="OUTPUT",
-        help="the file to write; {weights} and {last} in its name stand for those of an average",
+        help="the file to write, or a folder like the newest checkpoint's; {weights} and {last} in "
+        "its name stand for those of an average",
     )
     add(
         "--weights",
@@ -239,6 +240,13 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="divide an output folder of safetensors into files of at most so much, such as 5GB "
+        "(default: as the newest checkpoint is)",
+    )
+    add(
         "--max-memory",
         type=_size,
         default=64 * MIB,
@@ -304,6 +312,7 @@ def _average(options: argparse.Namespace) -> None:
             "allow_nonfinite",
             "opaque_dtype",
             "isolate",
+            "max_shard_size",
             "max_memory",
             "workers",
         )

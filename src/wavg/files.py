@@ -25,7 +25,6 @@ from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.opening import opened, uncollected, verify_checksums, verify_unchanged
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
-from wavg.publish import refuse_existing
 from wavg.sinks import MemorySink
 
 if TYPE_CHECKING:
@@ -75,6 +74,7 @@ class PlanOptions(TypedDict, total=False):
     allow_nonfinite: bool
     opaque_dtype: str | None
     isolate: bool
+    max_shard_size: int | str | None
     max_memory: int | str
     workers: int | None
 
@@ -143,6 +143,7 @@ def average_checkpoints(
     opaque_dtype: str | None = None,
     isolate: bool = False,
     overwrite: bool = False,
+    max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
     executor: Executor | None = None,
@@ -154,11 +155,15 @@ def average_checkpoints(
     ----------
     inputs
         A glob, a folder, a path, or a list of them, oldest first. A glob or a folder is put in
-        training order by its names (``model_9`` before ``model_10``); a list is taken as given.
+        training order by its names (``model_9`` before ``model_10``); a list is taken as given. A
+        folder of Hugging Face's layout, with ``model.safetensors`` or its shards, is one
+        checkpoint; another folder is those in it.
     output
         The file to write. None returns the arrays. A file of the inputs' format is the newest
         input with its numbers replaced: configuration, attributes, optimizer state and all else
-        stay, byte for byte. Any other format is a new file that holds the tensors. In the name
+        stay, byte for byte. Any other format is a new file that holds the tensors. If the newest
+        is a folder of safetensors, a name of no format's ending, or with a slash behind it, is a
+        folder with configuration and tokenizer copied from the newest. In the name
         ``{weights}`` and ``{last}`` stand for what an average was made with.
     weights
         ``"equal"``, ``"linear"``, ``"exponential:alpha=2"``, a schedule such as
@@ -192,6 +197,9 @@ def average_checkpoints(
         Look into HDF5 files in a process of their own, as for `open_checkpoint`.
     overwrite
         Replace an existing output. It may be one of the inputs.
+    max_shard_size
+        Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
+        text (``"5GB"``), as huggingface_hub does; by default it is divided as the newest's is.
     max_memory
         The most memory to use beyond the interpreter with wavg imported, in bytes or as text.
         Arrays returned come on top.
@@ -253,14 +261,15 @@ def average_checkpoints(
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
     grid = Grid.of(weights, last)
     paths, all_steps = select(inputs, steps, grid, sort, output)
-    targets = grid.outputs(output, len(paths))
+    targets = grid.outputs(output, paths)
     for target in targets:
-        refuse_existing(target, overwrite)
+        outputs.refuse(target, paths[-1], overwrite=overwrite)
     with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
@@ -345,6 +354,7 @@ def plan_average(
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
     isolate: bool = False,
+    max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
 ) -> Plan | list[Plan]:
@@ -370,14 +380,15 @@ def plan_average(
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
     )
     grid = Grid.of(weights, last)
     paths, all_steps = select(inputs, steps, grid, sort, output)
-    targets = grid.outputs(output, len(paths))
+    targets = grid.outputs(output, paths)
     for target in targets:
-        refuse_existing(target, overwrite=True)  # a folder that is missing is told now
+        outputs.refuse(target, paths[-1], overwrite=True)  # a folder that is missing is told now
     with opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
     return plans if grid.many else plans[0]
@@ -391,7 +402,8 @@ def open_checkpoint(
     Parameters
     ----------
     path
-        A Keras ``.h5``, safetensors or ``.npz`` file; its content tells which.
+        A Keras ``.h5``, safetensors or ``.npz`` file, its content tells which; the index of
+        sharded safetensors; or a folder with safetensors that are one checkpoint.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values to be so.
     isolate

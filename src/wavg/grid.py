@@ -13,7 +13,7 @@ import numpy as np
 
 from wavg import weights as schedules
 from wavg.errors import OutputError, WeightError
-from wavg.formats import format_of_output
+from wavg.formats import format_of_output, is_folder_output
 from wavg.inputs import PathLike, expand, read_steps
 
 __all__ = ["Grid", "select"]
@@ -54,12 +54,15 @@ class Grid:
         """Return the averages of so many inputs, each as a schedule and the inputs it takes."""
         return [(rule, last or count) for rule in self.rules for last in self.lasts]
 
-    def outputs(self, output: PathLike | None, count: int) -> list[str]:
+    def outputs(self, output: PathLike | None, inputs: Sequence[str]) -> list[str]:
         """Return the averages' paths; none for arrays."""
+        count = len(inputs)
         if output is None:
             return []
         template = os.fspath(output)
-        unknown = set(re.findall(r"\{\w*\}", os.path.basename(template))) - _PLACEHOLDERS
+        unknown = (
+            set(re.findall(r"\{\w*\}", os.path.basename(template.rstrip("/")))) - _PLACEHOLDERS
+        )
         if unknown:
             raise OutputError(
                 f"{template}: {min(unknown)} stands for nothing in an output's name; "
@@ -70,7 +73,8 @@ class Grid:
         for rule, number in self.cells(count):
             text = str(rule).replace(":", "-").replace("/", "-")
             path = template.replace("{weights}", text).replace("{last}", str(number))
-            format_of_output(path)
+            if not is_folder_output(path, inputs[-1]):
+                format_of_output(path)
             if path in paths:
                 advice = "put {weights} and {last} into the output's name"
                 asked = [(str(rule), number) for rule, number in self.cells(count)]

@@ -1,6 +1,7 @@
 """From what a person names to an ordered list of paths with steps.
 
-It looks at names only; whether a file is a checkpoint is for the formats to say.
+It looks at names only, and at what folders hold; whether a file is a checkpoint is for the formats
+to say.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
 from wavg.formats import ending_of, format_of_output, is_checkpoint_name
+from wavg.formats.folders import INDEX, checkpoint_in, is_shard
 
 __all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps"]
 
@@ -93,9 +95,14 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 
 def _numbers_say_otherwise(paths: list[str]) -> bool:
-    numbers = [_step(name, None) for name in next(_names(paths))]
-    known = [number for number in numbers if number is not None]
-    return len({*known}) == len(paths) and known != sorted(known)
+    for names in _names(paths):
+        numbers = [_step(name, None) for name in names]
+        known = [number for number in numbers if number is not None]
+        if len({*known}) == len(paths):
+            return known != sorted(known)
+        if known:
+            return False
+    return False
 
 
 def _expand_one(name: str, output: str | None) -> list[str]:
@@ -107,6 +114,7 @@ def _expand_one(name: str, output: str | None) -> list[str]:
             hint = "; write [[] for a bracket that is meant" if "[" in name else ""
             raise FileNotFoundError(f"no file matches {name}{hint}")
         if any(map(os.path.isdir, files)):
+            files = _without_output(_without_aliases(files), output)
             return [p for file in sorted(files, key=natural_key) for p in _expand_one(file, output)]
         return in_order(_without_output(_without_shards(_without_aliases(files)), output))
     if not os.path.exists(name):
@@ -115,27 +123,44 @@ def _expand_one(name: str, output: str | None) -> list[str]:
 
 
 def _of_folder(folder: str, output: str | None) -> list[str]:
+    """Return a folder that is one checkpoint, or the files or folders in it that are."""
     entries = (entry for entry in os.listdir(folder) if not entry.startswith("."))
     paths = [os.path.join(folder, entry) for entry in entries]
     files = [path for path in paths if is_checkpoint_name(path) and os.path.isfile(path)]
-    files = _without_output(_without_shards(_without_aliases(files)), output)
-    if not files:
+    files = _without_shards(_without_aliases(files))
+    whole, inner = checkpoint_in(folder), list[str]()
+    if whole or not files:
+        files = [whole] if whole else []
+        inner = [path for path in paths if os.path.isdir(path) and checkpoint_in(path)]
+        if whole:  # folders of other parts (a vision tower, a pooling layer) are none of a series
+            inner = [path for path in inner if re.search(r"[-_=][0-9]+$", path)]
+            if not inner:
+                return files
+        inner = _without_aliases(inner)
+    found = _without_output(files + inner, output)
+    if not found:
         raise FileNotFoundError(f"there is no checkpoint in the folder {folder}")
-    if len({format_of_output(path) for path in files}) > 1:
-        kinds = sorted({ending_of(path) for path in files})
+    if whole in found and len(found) > 1:
         raise WavgError(
-            f"the folder {folder} holds several kinds of files ({', '.join(kinds)}); "
-            f"name one with a glob, such as {os.path.join(folder, '*' + kinds[0])}",
+            f"the folder {folder} is a checkpoint, {os.path.basename(whole or '')}, and holds "
+            f"others, such as {found[-1]}; name those to average with a glob",
             path=folder,
         )
-    plain = sorted(os.path.basename(path) for path in files if not _numbered(path))
-    if plain and len(files) - len(plain) > 1:
+    if not inner and len({format_of_output(path) for path in found}) > 1:
+        endings = sorted({ending_of(path) for path in found})
+        raise WavgError(
+            f"the folder {folder} holds several kinds of files ({', '.join(endings)}); "
+            f"name one with a glob, such as {os.path.join(folder, '*' + endings[0])}",
+            path=folder,
+        )
+    plain = sorted(os.path.basename(path) for path in found if not _numbered(path))
+    if plain and len(found) - len(plain) > 1:
         raise WavgError(
             f"the folder {folder} holds {', '.join(plain[:3])} besides a numbered series of "
             "checkpoints; name those to average with a glob",
             path=folder,
         )
-    return files
+    return [checkpoint_in(path) or path if path in inner else path for path in found]
 
 
 def _numbered(path: str) -> bool:
@@ -161,10 +186,16 @@ def _without_output(paths: list[str], output: str | None) -> list[str]:
 
 
 def _without_shards(paths: list[str]) -> list[str]:
-    """Leave out the shards of Keras weights whose ``.weights.json`` stands for all of them."""
-    whole = {path[: -len(".weights.json")] for path in paths if path.endswith(".weights.json")}
+    """Leave out shards that are there because another of the paths names them."""
+    keras = {path[: -len(".weights.json")] for path in paths if path.endswith(".weights.json")}
+    named = {os.path.dirname(path) for path in paths if path.endswith(INDEX)}
     shards = {path: re.fullmatch(r"(.*)_[0-9]{5}\.weights\.h5", path) for path in paths}
-    return [path for path, match in shards.items() if match is None or match[1] not in whole]
+    return [
+        path
+        for path, match in shards.items()
+        if (match is None or match[1] not in keras)
+        and not (is_shard(path) and os.path.dirname(path) in named)
+    ]
 
 
 def _without_aliases(paths: list[str]) -> list[str]:

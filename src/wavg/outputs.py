@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.errors import OutputExistsError
-from wavg.formats import Format, format_of_output, load_module, parts_of, refuse_new
+from wavg.formats import (
+    Format,
+    format_of_output,
+    is_folder_output,
+    load_module,
+    parts_of,
+    refuse_new,
+)
+from wavg.formats.folders import beside, unlike_an_output
 from wavg.opening import uncollected
 from wavg.plan import Plan
-from wavg.publish import AtomicFile, refuse_existing
+from wavg.publish import (
+    AtomicFile,
+    AtomicFolder,
+    NewFile,
+    refuse_existing,
+    refuse_folders_within,
+)
 from wavg.sinks import FileSink
-from wavg.templates import Template, can_patch_in_place, in_place
+from wavg.templates import Part, Template, can_patch_in_place, in_place
 
-__all__ = ["Output", "new", "planned"]
+__all__ = ["Output", "new", "planned", "refuse"]
 
 
 class Output(NamedTuple):
-    """The files of one average in the making; the first names the others, and appears last."""
+    """The files of one average in the making; the first names the others, and appears last.
 
-    files: list[AtomicFile]
+    What is published is these files, or the one folder that they are in.
+    """
+
+    files: Sequence[NewFile]
     templates: list[Template]
     sink: FileSink
+    published: Sequence[AtomicFile | AtomicFolder]
 
     def finish(self) -> None:
         """Do what is left when all numbers are written."""
@@ -35,34 +53,69 @@ class Output(NamedTuple):
 
     def sync(self, *, overwrite: bool) -> None:
         """Make the files durable, still under their temporary names."""
-        for file in self.files:
-            file.sync()
-            refuse_existing(file.path, overwrite)
+        for made in self.published:
+            made.sync()
+            _refuse_existing(made.path, overwrite, folder=isinstance(made, AtomicFolder))
 
     def commit(self) -> None:
         """Let the files appear."""
-        done: list[AtomicFile] = []
+        done: list[AtomicFile | AtomicFolder] = []
         try:
-            for file in reversed(self.files):
-                file.commit()
-                done.append(file)
+            for made in reversed(self.published):
+                made.commit()
+                done.append(made)
         except BaseException:
-            for file in done:  # without the file that names them they are nothing
-                file.withdraw()
+            for made in done:  # without the file that names them they are nothing
+                made.withdraw()
             raise
+
+
+def refuse(target: str, reference: str, *, overwrite: bool) -> None:
+    """Raise an error if an output after a reference cannot be where it is to be."""
+    _refuse_existing(target, overwrite, folder=is_folder_output(target, reference))
+
+
+def _refuse_existing(target: str, overwrite: bool, *, folder: bool) -> None:
+    refuse_existing(target, overwrite, folder=folder)
+    if not folder or not os.path.isdir(target):
+        return
+    refuse_folders_within(target)
+    if lost := unlike_an_output(target):
+        raise OutputExistsError(
+            f"{target} is not replaced: it holds {lost[0]}"
+            + f" and {len(lost) - 1:,} more files" * (len(lost) > 1)
+            + ", which would be lost, and are no part of an output; choose another output",
+            path=target,
+        )
 
 
 @contextlib.contextmanager
 def planned(plan: Plan, reference: Checkpoint, target: str, *, overwrite: bool) -> Iterator[Output]:
     """Begin the output of a plan; leaving without `Output.commit` leaves no trace."""
-    row = format_of_output(target, reference.index)
-    paths = parts_of(row, target, reference.index)
-    if len(paths) > 1 and overwrite:
-        _refuse_replacing(paths)
-    with _begun(paths, overwrite) as files:
+    index, limit = reference.index, plan.options.max_shard_size
+    row = format_of_output(target, index)
+    like = index if row.name == index.format else None
+    everything = [decision.output for decision in plan.decisions]
+    folder = is_folder_output(target, reference.path)
+    parts = parts_of(row, os.path.join(target, "") if folder else target, everything, like, limit)
+    if len(parts) > 1 and overwrite and not folder:
+        _refuse_replacing(parts)
+    with _begun(parts, target if folder else None, overwrite) as (files, published):
         with _failures(files), uncollected():
-            templates = _templates(row, plan, reference, files)
-        yield Output(files, templates, FileSink(files, templates, reference))
+            templates = _templates(row, plan, reference, parts, files)
+        sink = FileSink(files, templates, reference)
+        for made in published:
+            if isinstance(made, AtomicFolder):
+                _carry(beside(reference.path), made)
+        yield Output(files, templates, sink, published)
+
+
+def _carry(paths: Iterable[str], folder: AtomicFolder) -> None:
+    """Copy files as they are into a folder in the making."""
+    for path in paths:
+        with open(path, "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            folder.file(os.path.basename(path)).copy_from(source.fileno(), 0, size, 0)
 
 
 @contextlib.contextmanager
@@ -72,31 +125,48 @@ def new(
     """Begin an output of tensors alone."""
     row = format_of_output(target)
     refuse_new(row, target)
-    with _begun([target], overwrite) as files:
+    parts = parts_of(row, target, specs)
+    if len(parts) > 1 and overwrite:
+        _refuse_replacing(parts)
+    with _begun(parts, None, overwrite) as (files, published):
         with _failures(files):
-            templates = load_module(row.name).create(specs, metadata, [files[0].temporary])
-        yield Output(files, templates, FileSink(files, templates, None))
+            templates = load_module(row.name).create(specs, metadata, _temporary(parts, files))
+        yield Output(files, templates, FileSink(files, templates, None), published)
+
+
+_Begun: TypeAlias = "tuple[Sequence[NewFile], Sequence[AtomicFile | AtomicFolder]]"
 
 
 @contextlib.contextmanager
-def _begun(paths: Sequence[str], overwrite: bool) -> Iterator[list[AtomicFile]]:
+def _begun(parts: Sequence[Part], folder: str | None, overwrite: bool) -> Iterator[_Begun]:
+    """Begin the files of an output, and yield them and what is to be published."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
+        if folder is None:
+            made = [stack.enter_context(AtomicFile(p.path, overwrite=overwrite)) for p in parts]
+            yield made, made
+        else:
+            whole = stack.enter_context(AtomicFolder(folder, overwrite=overwrite))
+            yield [whole.file(os.path.basename(part.path)) for part in parts], [whole]
 
 
-def _refuse_replacing(paths: Sequence[str]) -> None:
+def _temporary(parts: Sequence[Part], files: Sequence[NewFile]) -> list[Part]:
+    pairs = zip(parts, files, strict=True)
+    return [part._replace(temporary=file.temporary) for part, file in pairs]
+
+
+def _refuse_replacing(parts: Sequence[Part]) -> None:
     """Refuse to replace one of several files after the other: between, they would not match."""
-    for path in paths:
+    for path, *_ in parts:
         if os.path.lexists(path):
             raise OutputExistsError(
-                f"{path} exists, and an output of {len(paths)} files cannot be replaced at one "
+                f"{path} exists, and an output of {len(parts)} files cannot be replaced at one "
                 "instant; remove it, or choose another output",
                 path=path,
             )
 
 
 @contextlib.contextmanager
-def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
+def _failures(files: Sequence[NewFile]) -> Iterator[None]:
     """Have failures in making any of the files name where they were to appear."""
     with contextlib.ExitStack() as stack:
         for file in files:
@@ -105,22 +175,26 @@ def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
 
 
 def _templates(
-    row: Format, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
+    row: Format,
+    plan: Plan,
+    reference: Checkpoint,
+    parts: Sequence[Part],
+    files: Sequence[NewFile],
 ) -> list[Template]:
     averaged = [decision.output for decision in plan.averaged]
-    paths = [file.temporary for file in files]
+    temporary = _temporary(parts, files)
     templates: list[Template]
     if not plan.patches:
         everything = [decision.output._replace(extent=None) for decision in plan.decisions]
-        templates = load_module(row.name).create(everything, {}, paths)
+        templates = load_module(row.name).create(everything, {}, temporary)
         return templates
-    if can_patch_in_place(reference.index, averaged, plan.keep_others):
+    alike = plan.options.max_shard_size is None and len(parts) == len(reference.index.files)
+    if alike and can_patch_in_place(reference.index, averaged, plan.keep_others):
         templates = in_place(reference.index, averaged)
     else:
         module = load_module(row.name)
-        templates = module.patch(reference, averaged, plan.keep_others, paths)
-    if row.several:
-        names = [file.path for file in files]
+        templates = module.patch(reference, averaged, plan.keep_others, temporary)
+    if len(parts) > 1:
         module = load_module(row.name)
-        templates[0] = module.renamed(reference, averaged, plan.keep_others, names)
+        templates[0] = module.renamed(reference, averaged, plan.keep_others, parts)
     return templates

@@ -57,6 +57,7 @@ class Options:
     optimizer: str = "carry"
     integers: str = "reference"
     allow_nonfinite: bool = False
+    max_shard_size: int | None = None
     max_memory: int = 64 * MIB
     workers: int = 1
 
@@ -69,6 +70,8 @@ class Options:
             raise ValueError(f"integers must be 'reference' or 'error', not {self.integers!r}")
         if self.dtype is not None and lookup(self.dtype).kind != "float":
             raise ValueError(f"dtype must be a floating-point format, not {self.dtype!r}")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise ValueError(f"max_shard_size must be positive, not {self.max_shard_size}")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, not {self.workers}")
 

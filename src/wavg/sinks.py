@@ -10,7 +10,7 @@ import numpy.typing as npt
 from wavg.checkpoint import Checkpoint
 from wavg.extents import Extent, extent_table, side_by_side
 from wavg.plan import Plan
-from wavg.publish import AtomicFile
+from wavg.publish import NewFile
 from wavg.templates import Template
 
 __all__ = ["FileSink", "MemorySink"]
@@ -47,7 +47,7 @@ class FileSink:
 
     def __init__(
         self,
-        files: Sequence[AtomicFile],
+        files: Sequence[NewFile],
         templates: Sequence[Template],
         reference: Checkpoint | None,
     ) -> None:

@@ -15,7 +15,15 @@ from typing import NamedTuple
 from wavg.checkpoint import Checksum, Index, TensorSpec, crc32
 from wavg.extents import Extent, complement
 
-__all__ = ["Template", "can_patch_in_place", "in_place", "mend"]
+__all__ = ["Part", "Template", "can_patch_in_place", "in_place", "mend"]
+
+
+class Part(NamedTuple):
+    """One of an output's files: its path, its tensors where that matters, and where it is made."""
+
+    path: str
+    names: tuple[str, ...] = ()
+    temporary: str = ""
 
 
 class Template(NamedTuple):

@@ -5,17 +5,17 @@ A format is a short module with three functions:
 - ``read_index(path, *, opaque_dtype, like)`` → `Index`: what is in a file. Trusts nothing it
   reads. `like` is the index of a checkpoint of the same run; what is the same need not be parsed
   again.
-- ``patch(reference, specs, keep_others, paths)`` → `list[Template]`: an output that is the
+- ``patch(reference, specs, keep_others, parts)`` → `list[Template]`: an output that is the
   reference with the numbers of `specs` replaced, where that cannot be done in place
   (`wavg.templates`).
-- ``create(specs, metadata, paths)`` → `list[Template]`: an output that holds just these tensors,
+- ``create(specs, metadata, parts)`` → `list[Template]`: an output that holds just these tensors,
   unless the table says that it needs more.
 
 An output is one file, and the last two may write a skeleton to its path. Formats of several files
-have ``parts(output, index)``: the paths of an output after the reference of that index, first the
-file that names the others; and ``renamed(reference, specs, keep_others, paths)``, the template of
-that file. A module may have ``block_reader(index)`` for tensors without extents. Modules are
-imported when first needed.
+have ``parts(output, specs, reference, limit)``: the files of an output after the reference of that
+index, first the file that names the others; and ``renamed(reference, specs, keep_others, parts)``,
+the template of that file. A module may have ``block_reader(index)`` for tensors without extents.
+Modules are imported when first needed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from wavg.checkpoint import Checkpoint, Index, identify
+from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
+from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard
+from wavg.templates import Part
 
 __all__ = [
     "FORMATS",
@@ -35,6 +37,7 @@ __all__ = [
     "ending_of",
     "format_of_output",
     "is_checkpoint_name",
+    "is_folder_output",
     "load_module",
     "open_file",
     "parts_of",
@@ -46,7 +49,7 @@ class Format(NamedTuple):
     """A row of the table.
 
     ``isolable``: its index is HDF5's business, and can be read in a process of its own.
-    ``several``: an output is several files.
+    ``several``: an output may be several files.
     ``needs``: what only inputs of this format have, without which there is no output in it.
     """
 
@@ -81,7 +84,13 @@ FORMATS = (
         several=True,
         needs="shards to follow, which only .weights.json inputs have",
     ),
-    Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
+    Format(
+        "safetensors",
+        (".safetensors", INDEX),
+        (),
+        "wavg.formats.safetensors_shards",
+        several=True,
+    ),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
 _HDF5 = {"keras-h5", "keras-weights"}  # what the same ending, .h5, may stand for
@@ -90,7 +99,6 @@ _KERAS_MEMBERS = (b"metadata.json", b"config.json", b"model.weights.h5")
 
 # Known by name, and not read by this version: said plainly, rather than "unknown".
 _RECOGNISED = {
-    ".safetensors.index.json": "sharded safetensors",
     ".pt": "PyTorch pickles (save as safetensors)",
     ".pth": "PyTorch pickles (save as safetensors)",
     ".ckpt": "PyTorch or TensorFlow checkpoints (save as safetensors)",
@@ -107,10 +115,24 @@ def _row(name: str) -> Format:
     return next(row for row in FORMATS if row.name == name)
 
 
-def parts_of(row: Format, output: str, reference: Index) -> list[str]:
-    """Return the paths of the files that an output consists of; the first names the others."""
-    parts: list[str] = load_module(row.name).parts(output, reference) if row.several else [output]
-    return parts
+def parts_of(
+    row: Format,
+    output: str,
+    specs: Sequence[TensorSpec],
+    reference: Index | None = None,
+    limit: int | None = None,
+) -> list[Part]:
+    """Return the files that an output of these tensors consists of; the first names the others.
+
+    `limit` is the most bytes of tensors in each of several. An output that ends with a slash is a
+    folder.
+    """
+    if row.several:
+        parts: list[Part] = load_module(row.name).parts(output, specs, reference, limit)
+        return parts
+    if limit is not None:
+        raise OutputError(f"{output} is one file, and has no shards", path=output)
+    return [Part(output, tuple(spec.name for spec in specs))]
 
 
 def open_file(
@@ -120,7 +142,7 @@ def open_file(
     like: Index | None = None,
     isolate: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint file, whatever its format; its first bytes tell which.
+    """Open a checkpoint, a file or a folder, whatever its format; its first bytes tell which.
 
     The checkpoints of one run mostly have the same layout: an index equal to `like` shares its
     list of tensors, so that a thousand checkpoints take the memory of one. With `isolate` the index
@@ -133,6 +155,8 @@ def open_file(
     FileNotFoundError
         No such file.
     """
+    if os.path.isdir(path):
+        path = checkpoint_in(path) or path
     identify(path)  # refuses pipes and devices before they are opened
     if opaque_dtype not in (None, "bfloat16"):
         raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
@@ -161,7 +185,10 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
 
     Keras tells its layouts by name: an output after a `reference` in one of them is refused the
     name of another that Keras would not load, unless the reference has such a name itself.
+    A folder is of safetensors, see `is_folder_output`.
     """
+    if reference is not None and is_folder_output(path, reference.path):
+        return _row("safetensors")
     row = _format_by_name(path)
     if row is None:
         known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
@@ -182,6 +209,25 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
         )
     refuse_new(row, path)
     return row
+
+
+def is_folder_output(path: str, reference: str) -> bool:
+    """Whether an output's name asks for a folder: it ends with a slash, or tells no format.
+
+    That can only be made after a `reference` which has a folder to itself.
+    """
+    slash = path.endswith("/")
+    if not slash and (ending_of(path) or _recognised(path)):
+        return False
+    if has_folder(reference):
+        return True
+    if slash:
+        raise OutputError(
+            f"{path} is the name of a folder, and {reference} is no folder of safetensors for it "
+            "to follow; name a file",
+            path=path,
+        )
+    return False
 
 
 def refuse_new(row: Format, path: str) -> None:
@@ -213,8 +259,8 @@ def _format_by_name(path: str) -> Format | None:
 
 def _recognised(path: str) -> str | None:
     name = os.path.basename(path).lower()
-    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name):
-        return "single shards of sharded safetensors"
+    if is_shard(name):
+        return "single shards of safetensors (name their folder, or their index)"
     return next((text for suffix, text in _RECOGNISED.items() if name.endswith(suffix)), None)
 
 
@@ -230,9 +276,10 @@ def _detect(path: str) -> Format:
             return _row("keras")
     if by_magic is not None:
         return by_magic
-    if named is not None and named.name == "keras-shards" and start.lstrip()[:1] == b"{":
+    if path.lower().endswith((INDEX, ".weights.json")) and start.lstrip()[:1] == b"{":
+        assert named is not None  # these endings are in the table
         return named
-    if start[8:9] == b"{" and "shard" not in (_recognised(path) or ""):
+    if start[8:9] == b"{" and not is_shard(path):
         return _row("safetensors")
     raise CheckpointFormatError(f"{path}: {_diagnose(path, start)}", path=path)
 
@@ -247,6 +294,8 @@ def _diagnose(path: str, start: bytes) -> str:
         return "this is a web page; the download did not give the file itself"
     if kind := _recognised(path):
         return f"{kind} are not read by this version of wavg"
+    if path.endswith(INDEX):
+        return "this is no index of shards: no JSON where it belongs"
     if path.endswith(".safetensors"):
         return "this is no safetensors file: no header where one belongs"
     known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)

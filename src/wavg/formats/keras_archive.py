@@ -15,7 +15,7 @@ from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_weights, zips
 from wavg.formats.hdf5 import Source
-from wavg.templates import Template, mend
+from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "patch", "read_index"]
 
@@ -84,10 +84,10 @@ def block_reader(index: Index) -> hdf5_tensors.BlockReader:
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> list[Template]:
     """Lay the archive out anew around weights written anew."""
-    (path,) = paths
+    ((_, _, path),) = parts
     index = reference.index
     members = zips.read_members(index.path)
     source = _weights(index.path, {member.name: member for member in members})

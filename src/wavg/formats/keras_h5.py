@@ -17,7 +17,7 @@ from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_weights
 from wavg.formats.hdf5 import Source
 from wavg.formats.keras_order import legacy_order
-from wavg.templates import Template
+from wavg.templates import Part, Template
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
 
@@ -122,10 +122,10 @@ def block_reader(index: Index) -> hdf5_tensors.BlockReader:
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> list[Template]:
     """Write the file anew, for other dtypes, chunked datasets, or without the optimizer."""
-    (path,) = paths
+    ((_, _, path),) = parts
     source = Source(reference.path)
     with hdf5.opened(source) as file:
         stored = _stored(reference.path, reference.index, file)
@@ -135,10 +135,10 @@ def patch(
 
 
 def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], parts: Sequence[Part]
 ) -> list[Template]:
     """Lay out a weights-only file: the first part of a name is the layer."""
-    (path,) = paths
+    ((_, _, path),) = parts
     stored: dict[str, str] = {}
     layers: dict[str, list[str]] = {}
     for spec in specs:

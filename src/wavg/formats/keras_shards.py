@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
-from wavg.errors import CheckpointFormatError
+from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
 from wavg.formats.keras_order import weights_order
-from wavg.templates import Template
+from wavg.templates import Part, Template
 
 __all__ = ["parts", "patch", "read_index", "renamed"]
 
@@ -106,21 +106,26 @@ def _shard(path: str, shard: str, opaque_dtype: str | None) -> Index:
         raise _bad(path, f"the shard {os.path.basename(shard)} is missing") from None
 
 
-def parts(output: str, index: Index) -> list[str]:
-    """Return the paths of an output: the map, and as many shards as the reference has."""
-    base = output[: -len(_SUFFIX)]
-    return [output, *(f"{base}_{number:05}.weights.h5" for number in range(len(index.files) - 1))]
+def parts(
+    output: str, specs: Sequence[TensorSpec], reference: Index | None, limit: int | None
+) -> list[Part]:
+    """Return the files of an output: the map, and as many shards as the reference has."""
+    if limit is not None:
+        raise OutputError(f"{output}: Keras' shards are not divided anew", path=output)
+    assert reference is not None  # the table says that one is needed
+    base, count = output[: -len(_SUFFIX)], len(reference.files) - 1
+    return [Part(output), *(Part(f"{base}_{number:05}.weights.h5") for number in range(count))]
 
 
 def renamed(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> Template:
-    """Return the map of an output in which the reference's shards have the names of `paths`."""
+    """Return the map of an output in which the reference's shards have the names of `parts`."""
     index = reference.index
     content = _read_map(reference.path, index.files[0])
     names = {
-        os.path.basename(old.path): os.path.basename(new)
-        for old, new in zip(index.files[1:], paths[1:], strict=True)
+        os.path.basename(old.path): os.path.basename(new.path)
+        for old, new in zip(index.files[1:], parts[1:], strict=True)
     }
     drop = set() if keep_others else keras_weights.optimizers_of(index)
     content["weight_map"] = {
@@ -138,15 +143,17 @@ def renamed(
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> list[Template]:
     """Write the shards anew, for other dtypes, or without the optimizer."""
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
     drop = set() if keep_others else keras_weights.optimizers_of(index)
     templates = [Template(0, {})]  # the map is `renamed`'s
-    for number, (old, new) in enumerate(zip(index.files[1:], paths[1:], strict=True), start=1):
+    for number, (old, new) in enumerate(zip(index.files[1:], parts[1:], strict=True), start=1):
         here = [s.name for s in index.tensors if s.extent is not None and s.extent.file == number]
         chosen = {name: replaced[name] for name in here if name in replaced}
-        templates.append(hdf5_rewrite.rewrite(Source(old.path), Source(new), chosen, here, drop))
+        templates.append(
+            hdf5_rewrite.rewrite(Source(old.path), Source(new.temporary), chosen, here, drop)
+        )
     return templates

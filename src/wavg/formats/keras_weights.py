@@ -19,7 +19,7 @@ from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors
 from wavg.formats.hdf5 import Source
 from wavg.formats.hdf5_links import linked_order
 from wavg.formats.keras_order import weights_order
-from wavg.templates import Template
+from wavg.templates import Part, Template
 
 __all__ = [
     "block_reader",
@@ -142,10 +142,10 @@ def block_reader(index: Index) -> hdf5_tensors.BlockReader:
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> list[Template]:
     """Write the file anew, for other dtypes, chunked datasets, or without the optimizer."""
-    (path,) = paths
+    ((_, _, path),) = parts
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
@@ -154,17 +154,17 @@ def patch(
 
 
 def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], parts: Sequence[Part]
 ) -> list[Template]:
     """Lay out a new file: a name is a path, and the order that of the data."""
-    (path,) = paths
+    ((_, _, path),) = parts
     with hdf5.opened(Source(path), "w") as file:
         hdf5.write_names(file, hdf5.NAMES, [spec.name for spec in specs])
         for key, value in metadata.items():
             file.attrs[key] = value
         for spec in specs:
-            parts = spec.name.split("/")
-            bad = any(part in ("", ".", "..") for part in parts) or "\0" in spec.name
+            steps = spec.name.split("/")
+            bad = any(step in ("", ".", "..") for step in steps) or "\0" in spec.name
             if bad or is_other(spec.name):
                 raise OutputError(
                     f"{path}: a {_SUFFIX} file cannot hold the name {spec.name!r}",

@@ -21,7 +21,7 @@ from wavg.dtypes import dtype_of, lookup
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
 from wavg.extents import Extent
 from wavg.formats import zips
-from wavg.templates import Template, mend
+from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
 
@@ -148,18 +148,18 @@ def block_reader(index: Index) -> _Deflated:
 
 
 def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
+    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, parts: Sequence[Part]
 ) -> list[Template]:
     """Lay the archive out anew, stored: it holds nothing but its arrays."""
     replaced = {spec.name: spec for spec in specs}
-    return create([replaced.get(spec.name, spec) for spec in reference.index.tensors], {}, paths)
+    return create([replaced.get(spec.name, spec) for spec in reference.index.tensors], {}, parts)
 
 
 def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], parts: Sequence[Part]
 ) -> list[Template]:
     """Lay out a new archive; when the numbers are in, mend the members' checksums."""
-    (path,) = paths
+    ((_, _, path),) = parts
     if metadata:
         raise OutputError(f"{path}: .npz files have no place for metadata", path=path)
     headers = [_npy_header(spec) for spec in specs]

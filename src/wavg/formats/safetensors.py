@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
+from wavg.checkpoint import Index, TensorSpec, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
-from wavg.templates import Template
+from wavg.templates import Part, Template
 
-__all__ = ["create", "patch", "read_index"]
+__all__ = ["create", "read_index"]
 
 _HEADER_LIMIT = 100_000_000
 _MOST_DIMENSIONS = 64  # NumPy's limit
@@ -162,33 +162,11 @@ def _check_tiling(path: str, specs: Sequence[TensorSpec], base: int, size: int) 
         raise _bad(path, f"it {what}: the header describes {ends[-1]:,} bytes, it has {size:,}")
 
 
-def _extent(spec: TensorSpec) -> Extent:
-    assert spec.extent is not None  # every tensor of this format has one
-    return spec.extent
-
-
-def patch(
-    reference: Checkpoint, specs: Sequence[TensorSpec], keep_others: bool, paths: Sequence[str]
-) -> list[Template]:
-    """Write the header anew, for other dtypes."""
-    index = reference.index
-    replaced = {spec.name: spec for spec in specs}
-    everything = [replaced.get(spec.name, spec) for spec in index.tensors]
-    (fresh,) = create(everything, index.metadata, paths)
-    carry = [
-        (_extent(spec), _extent(fresh.targets[spec.name]).offset)
-        for spec in index.tensors
-        if spec.name not in replaced
-    ]
-    targets = {name: fresh.targets[name] for name in replaced}
-    return [fresh._replace(targets=targets, carry=carry)]
-
-
 def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], parts: Sequence[Part]
 ) -> list[Template]:
     """Lay out a new file: the header in the order given, the data so that all is aligned."""
-    (path,) = paths
+    ((path, _, _),) = parts
     offsets, position = {}, 0
     for spec in sorted(specs, key=lambda spec: -spec.entry.bits):
         offsets[spec.name] = position

@@ -1,0 +1,142 @@
+"""Folders that are checkpoints, as Hugging Face's libraries lay them out.
+
+What tells such a folder from one of many checkpoints, and what stands in it besides weights. It
+looks at names only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+
+from wavg.errors import CheckpointFormatError
+
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "beside",
+    "checkpoint_in",
+    "has_folder",
+    "is_carried",
+    "is_shard",
+    "unlike_an_output",
+]
+
+WEIGHTS = ".safetensors"
+INDEX = ".safetensors.index.json"
+_BASES = ("model", "diffusion_pytorch_model", "adapter_model")  # where there are several, the first
+_OTHER_KINDS = (".h5", ".hdf5", ".keras", ".weights.json", ".npz")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.DOTALL)
+_ONE_OF_A_SERIES = re.compile(r".*[-_=]\d+", re.DOTALL)
+
+# What an output's folder has of the reference's besides weights: what tells the model's class, its
+# settings, how its input is made, and under which terms it is given.
+_CARRIED = (
+    *("config.json", "*_config.json", "config_*.json", "modules.json", "*.py"),
+    *("tokenizer.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "normalizer.json"),
+    *("*spiece*.model", "*sentencepiece*.model", "*bpe*.model", "*.spm", "*.tiktoken"),
+    *("tekken.json", "chat_template.json", "*.jinja", "LICENSE*", "NOTICE*"),
+)
+# Never, whatever it is called besides: the state of the training, and numbers that are no average.
+_NEVER = (
+    *("optimizer*", "scheduler.*", "scaler.*", "rng_state*", "trainer_state*", "training_args*"),
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"),
+    *("*.onnx", "*.gguf", "*.npz", ".*"),
+)
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file is named like one of several that an index names.
+
+    >>> is_shard("model-00001-of-00002.safetensors"), is_shard("model-00001.safetensors")
+    (True, False)
+    """
+    return _SHARD.fullmatch(os.path.basename(path)) is not None
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of this name is carried over into an output's folder.
+
+    >>> [is_carried(n) for n in ("config.json", "tokenizer.model", "optimizer.pt", "rng_state.pth")]
+    [True, True, False, False]
+    """
+    return _matches(name, _CARRIED) and not _matches(name, _NEVER)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def checkpoint_in(folder: str) -> str | None:
+    """Return the file that stands for a folder which is one checkpoint, or None.
+
+    That is its index of shards or its only ``.safetensors``; where there are several, the one named
+    as the libraries name it, unless others make a series (``model-100.safetensors``).
+
+    Raises
+    ------
+    CheckpointFormatError
+        There are weights in one file and in shards under the same name.
+    """
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    indexes = [name for name in names if name.endswith(INDEX)]
+    plain = [name for name in names if name.endswith(WEIGHTS) and not is_shard(name)]
+    bases = [name.removesuffix(INDEX) for name in indexes]
+    for base in (*_BASES, *(bases if len(bases) == 1 else ())):
+        index, single = base + INDEX, base + WEIGHTS
+        if index in indexes and single in plain:
+            raise CheckpointFormatError(
+                f"{folder} holds both {single} and {index}; name the one that is meant",
+                path=folder,
+            )
+        if index in indexes:
+            return os.path.join(folder, index)
+        if single in plain:
+            series = [n for n in plain if _ONE_OF_A_SERIES.fullmatch(n.removesuffix(WEIGHTS))]
+            return None if series else os.path.join(folder, single)
+    others = [name for name in names if name.endswith(_OTHER_KINDS)]
+    if len(plain) == 1 and not indexes and not others:
+        return os.path.join(folder, plain[0])
+    return None
+
+
+def has_folder(main: str) -> bool:
+    """Whether a file stands for the folder in which it is."""
+    if main.endswith(INDEX):
+        return True
+    try:
+        whole = checkpoint_in(os.path.dirname(os.path.abspath(main)))
+    except CheckpointFormatError:  # shards stand beside it, and it is the one that was named
+        return main.endswith(WEIGHTS)
+    return whole is not None and os.path.basename(whole) == os.path.basename(main)
+
+
+def unlike_an_output(folder: str) -> list[str]:
+    """Return what is in a folder that no output has, and that is no checkpoint's weights either."""
+    main = os.path.basename(checkpoint_in(folder) or "")
+    return [
+        name
+        for name in sorted(os.listdir(folder))
+        if not (name == main or is_carried(name) or (main.endswith(INDEX) and is_shard(name)))
+    ]
+
+
+def beside(main: str) -> list[str]:
+    """Return the files that an output's folder has of the one in which `main` stands.
+
+    A link counts as the regular file it leads to, if that lies in the folder itself or among the
+    blobs of a Hugging Face cache: whose folder it is must not choose what else is copied.
+    """
+    folder = os.path.dirname(os.path.abspath(main))
+    home = os.path.realpath(folder)
+    stores = {home, os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")}
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        real = os.path.realpath(path)
+        if is_carried(name) and os.path.isfile(real) and os.path.dirname(real) in stores:
+            found.append(path)
+    return found

@@ -1,0 +1,535 @@
+"""Safetensors as Hugging Face's libraries leave them: folders, shards, and their index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import safetensors
+
+import hf_folders
+import reference
+import wavg
+from contract import assert_same, read_bytes
+from wavg import CheckpointFormatError
+from wavg.cli import main
+from wavg.formats import folders
+
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def in_a_file(folder, tensors):
+    hf_folders.single(folder, tensors)
+    return folder
+
+
+def in_a_file_of_another_name(folder, tensors):
+    hf_folders.single(folder, tensors, "weights.safetensors")
+    return folder
+
+
+def in_shards(folder, tensors):
+    hf_folders.sharded(folder, tensors, 3)
+    return folder
+
+
+def in_shards_of_another_name(folder, tensors):
+    hf_folders.sharded(folder, tensors, 3, base="diffusion_pytorch_model")
+    return folder
+
+
+def by_its_index(folder, tensors):
+    return hf_folders.sharded(folder, tensors, base="any.name")
+
+
+LAYOUTS = [
+    in_a_file,
+    in_a_file_of_another_name,
+    in_shards,
+    in_shards_of_another_name,
+    by_its_index,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_read_in_every_layout(tmp_path, layout):
+    tensors = hf_folders.model(1)
+    path = layout(str(tmp_path / "m"), tensors)
+    assert_same(wavg.load(path), tensors)
+    with wavg.open_checkpoint(path) as checkpoint:
+        assert checkpoint.index.format == "safetensors"
+        assert checkpoint.metadata == {"format": "pt"}
+
+
+def test_the_files_of_a_sharded_checkpoint_are_its_index_and_then_its_shards(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with wavg.open_checkpoint(tmp_path) as checkpoint:
+        names = [os.path.basename(file.path) for file in checkpoint.index.files]
+        assert names == [INDEX, FIRST, SECOND]
+        assert {spec.extent.file for spec in checkpoint.index.tensors} == {1, 2}
+
+
+def test_inputs_may_be_laid_out_differently_from_each_other(tmp_path):
+    models = [hf_folders.model(seed) for seed in range(len(LAYOUTS))]
+    paths = [
+        layout(str(tmp_path / f"run_{seed}"), models[seed]) for seed, layout in enumerate(LAYOUTS)
+    ]
+    result = wavg.average_checkpoints(paths, weights="linear")
+    for name, array in result.items():
+        rows = np.stack([model[name] for model in models])
+        if name != "positions":
+            assert reference.same_bytes(array, reference.average([1, 2, 3, 4, 5], rows)), name
+
+
+def test_a_run_of_folders_is_in_order_with_the_steps_of_their_names(tmp_path):
+    hf_folders.trainer_run(tmp_path, (900, 1000, 1100), (2, 1, 3))
+    plan = wavg.plan_average(tmp_path)
+    assert [part.step for part in plan.inputs] == [900, 1000, 1100]
+    assert wavg.plan_average(f"{tmp_path}/checkpoint-*").inputs == plan.inputs
+    folders = [os.path.join(tmp_path, f"checkpoint-{step}") for step in (1000, 900)]
+    assert wavg.plan_average(folders, sort=True).inputs[-1].step == 1000
+    with pytest.warns(UserWarning, match="suggest another order"):
+        wavg.plan_average(folders)
+
+
+def test_a_run_that_is_a_checkpoint_too_has_to_be_told_apart(tmp_path):
+    hf_folders.trainer_run(tmp_path)
+    hf_folders.single(tmp_path, hf_folders.model(1))
+    with pytest.raises(wavg.WavgError, match=r"is a checkpoint, model\.safetensors, and holds"):
+        wavg.plan_average(tmp_path)
+    assert len(wavg.plan_average(f"{tmp_path}/checkpoint-*").inputs) == 2
+    assert len(wavg.plan_average(tmp_path / "model.safetensors").inputs) == 1
+
+
+def test_the_average_of_an_earlier_call_in_the_run_is_none_of_its_checkpoints(tmp_path):
+    hf_folders.trainer_run(tmp_path)
+    hf_folders.single(tmp_path, hf_folders.model(1), "average.safetensors")
+    plan = wavg.plan_average(tmp_path, tmp_path / "average.safetensors")
+    assert [part.step for part in plan.inputs] == [900, 1000]
+
+
+def test_folders_of_other_parts_leave_a_checkpoint_one(tmp_path):
+    hf_folders.single(tmp_path, hf_folders.model(1))
+    hf_folders.single(tmp_path / "2_Dense", hf_folders.model(2))
+    assert_same(wavg.load(tmp_path), hf_folders.model(1))
+    assert len(wavg.plan_average(tmp_path).inputs) == 1
+
+
+def test_a_link_to_the_newest_folder_is_no_second_one(tmp_path):
+    hf_folders.trainer_run(tmp_path)
+    os.symlink("checkpoint-1000", tmp_path / "latest")
+    assert [part.step for part in wavg.plan_average(tmp_path).inputs] == [900, 1000]
+
+
+def test_files_of_a_series_are_a_run_whatever_the_name_of_the_last(tmp_path):
+    for name in ("model_1", "model_2"):
+        hf_folders.single(tmp_path, hf_folders.model(1), f"{name}.safetensors")
+    assert len(wavg.plan_average(tmp_path).inputs) == 2
+    hf_folders.single(tmp_path, hf_folders.model(1))
+    with pytest.raises(wavg.WavgError, match="besides a numbered series"):
+        wavg.plan_average(tmp_path)
+
+
+def test_one_checkpoint_in_two_forms_is_refused(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    hf_folders.single(tmp_path, hf_folders.model(1))
+    with pytest.raises(CheckpointFormatError, match=rf"both model\.safetensors and {INDEX}"):
+        wavg.load(tmp_path)
+    assert_same(wavg.load(tmp_path / INDEX), hf_folders.model(1))
+
+
+def test_a_glob_over_all_of_a_sharded_checkpoints_files_is_the_checkpoint(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    assert len(wavg.plan_average(f"{tmp_path}/model*").inputs) == 1
+
+
+def test_one_shard_is_no_checkpoint(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with pytest.raises(CheckpointFormatError, match="name their folder, or their index"):
+        wavg.load(tmp_path / FIRST)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointFormatError, match="is a folder; expected a checkpoint"):
+        wavg.load(tmp_path)
+
+
+def test_shards_may_be_links_as_in_a_cache(tmp_path):
+    hf_folders.sharded(tmp_path / "blobs", hf_folders.model(1))
+    (tmp_path / "snapshot").mkdir()
+    for name in os.listdir(tmp_path / "blobs"):
+        os.symlink(f"../blobs/{name}", tmp_path / "snapshot" / name)
+    assert_same(wavg.load(tmp_path / "snapshot"), hf_folders.model(1))
+
+
+# --- indexes that are not sound -------------------------------------------------------------------
+
+TENSOR = "layers.0.attention.weight"  # in the first shard
+
+
+def naming(shard):
+    def edit(content):
+        content["weight_map"][TENSOR] = shard
+
+    return edit
+
+
+def also(content):
+    content["weight_map"]["lm_head.weight"] = FIRST
+
+
+BAD_INDEXES = {
+    "a missing shard": (naming("gone.safetensors"), "the shard gone.safetensors is missing"),
+    "a path upwards": (naming("../m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a folder": (naming("sub/m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "an absolute path": (naming("/m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a backslash": (naming("a\\m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a drive": (naming("c:m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a NUL": (naming("m\0.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a surrogate": (naming("m\ud800.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "a hidden file": (naming(".m.safetensors"), f"{TENSOR}', is no name of a shard"),
+    "another file": (naming("config.json"), f"{TENSOR}', is no name of a shard"),
+    "a number": (naming(7), f"{TENSOR}', is no name of a shard"),
+    "a list": (naming([FIRST]), f"{TENSOR}', is no name of a shard"),
+    "too long a name": (naming("m" * 999 + ".safetensors"), "cannot be read"),
+    "the wrong shard": (naming(SECOND), f"{TENSOR}' is in {FIRST}, where the index says {SECOND}"),
+    "no map": (lambda content: content.pop("weight_map"), "no table weight_map"),
+    "a map that is a list": (lambda content: content.update(weight_map=[]), "no table weight_map"),
+    "an empty map": (lambda content: content["weight_map"].clear(), "names no shard"),
+    "a tensor it does not name": (
+        lambda content: content["weight_map"].pop(TENSOR),
+        f"{TENSOR}' is in {FIRST}, and the index does not name it",
+    ),
+    "a tensor that is not there": (also, f"{FIRST} lacks 'lm_head.weight'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_unsound_indexes_are_refused(tmp_path, case):
+    edit, message = BAD_INDEXES[case]
+    path = hf_folders.sharded(tmp_path, hf_folders.model(1), edit=edit)
+    with pytest.raises(CheckpointFormatError, match=re.escape(message)) as caught:
+        wavg.load(tmp_path)
+    assert path in str(caught.value)
+    assert caught.value.path == path
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    tensors = hf_folders.model(1)
+    hf_folders.sharded(tmp_path, tensors)
+    second = {**dict(list(tensors.items())[4:]), TENSOR: tensors[TENSOR]}
+    hf_folders.single(tmp_path, second, SECOND)
+    with pytest.raises(CheckpointFormatError, match=f"in two shards, {FIRST} and {SECOND}") as e:
+        wavg.load(tmp_path)
+    assert e.value.tensor == TENSOR
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{" * 100_000, b"", b'{"weight_map": "\xff"}'])
+def test_an_index_that_is_no_json_table_is_refused(tmp_path, content):
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(CheckpointFormatError, match=re.escape(INDEX)):
+        wavg.load(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["top", "map"])
+def test_a_name_twice_in_an_index_is_refused(tmp_path, where):
+    path = hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with open(path) as file:
+        text = file.read()
+    if where == "top":
+        text, name = text.replace("{", '{"weight_map": {},', 1), "weight_map"
+    else:
+        entry, name = json.dumps(TENSOR) + f': "{FIRST}",', TENSOR
+        text = text.replace('"weight_map": {', '"weight_map": {' + entry)
+    with open(path, "w") as file:
+        file.write(text)
+    with pytest.raises(CheckpointFormatError, match=f"'{name}' appears twice"):
+        wavg.load(path)
+
+
+def test_an_index_too_large_is_refused_unread(tmp_path):
+    with open(tmp_path / INDEX, "wb") as file:
+        file.write(b"{")
+        file.truncate(11 << 20)
+    with pytest.raises(CheckpointFormatError, match="more than 10,485,760"):
+        wavg.load(tmp_path)
+
+
+def test_an_index_of_very_many_shards_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("wavg.formats.safetensors_shards._MOST_SHARDS", 1)
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with pytest.raises(CheckpointFormatError, match="names 2 shards"):
+        wavg.load(tmp_path)
+
+
+def test_a_shard_that_is_not_sound_is_named(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with open(tmp_path / SECOND, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(CheckpointFormatError, match=f"{SECOND}: not a sound safetensors file"):
+        wavg.load(tmp_path)
+
+
+def test_a_shard_that_is_a_pipe_is_refused_unopened(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    os.unlink(tmp_path / SECOND)
+    os.mkfifo(tmp_path / SECOND)
+    with pytest.raises(CheckpointFormatError, match="device, pipe or socket"):
+        wavg.load(tmp_path)
+
+
+def test_a_shard_that_changes_during_the_run_is_noticed(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    with wavg.open_checkpoint(tmp_path) as checkpoint:
+        os.utime(tmp_path / SECOND, (1, 1))
+        with pytest.raises(wavg.CheckpointChangedError, match=SECOND):
+            checkpoint.verify_unchanged()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    return hf_folders.trainer_run(str(tmp_path / "run"))
+
+
+def averaged(run, **options):
+    return wavg.average_checkpoints(run, **options)
+
+
+@pytest.mark.parametrize("name", ["averaged", "averaged/", "v1.5"])
+def test_an_output_folder_is_the_newest_with_its_numbers_replaced(run, tmp_path, name):
+    output = f"{tmp_path}/{name}"
+    report = wavg.average_checkpoints(run, output, weights="linear")
+    assert report.output == output
+    assert_same(wavg.load(output), averaged(run, weights="linear"))
+    before, after = hf_folders.contents(run[-1]), hf_folders.contents(output)
+    assert after.keys() == {INDEX, FIRST, SECOND, *hf_folders.BESIDE}
+    for same in (INDEX, *hf_folders.BESIDE):
+        assert after[same] == before[same]
+    assert set(os.listdir(tmp_path)) == {"run", name.rstrip("/")}
+
+
+def test_an_average_of_copies_is_the_copy(tmp_path):
+    first = hf_folders.trainer_run(str(tmp_path), (7,), (3,))[0]
+    shutil.copytree(first, tmp_path / "checkpoint-8")
+    wavg.average_checkpoints([first, tmp_path / "checkpoint-8"], tmp_path / "out")
+    expected = hf_folders.contents(first)
+    assert hf_folders.contents(tmp_path / "out") == {
+        name: data for name, data in expected.items() if name not in hf_folders.STATE
+    }
+
+
+def test_the_command_line_averages_a_run_into_a_folder(run, tmp_path, capsys):
+    output = str(tmp_path / "averaged/")
+    assert main(["average", *run[::-1], "-o", output, "--max-shard-size", "600"]) == 0
+    assert f"wrote {output}" in capsys.readouterr().out
+    assert_same(wavg.load(output), averaged(run))
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz", ".h5"])
+def test_shards_average_into_one_file(run, tmp_path, ending):
+    output = tmp_path / f"averaged{ending}"
+    wavg.average_checkpoints(run, output)
+    assert_same(wavg.load(output), averaged(run))
+    if ending == ".safetensors":
+        with wavg.open_checkpoint(output) as checkpoint:
+            assert checkpoint.metadata == {"format": "pt"}
+
+
+def test_one_file_averages_into_a_folder_with_its_name(tmp_path):
+    run = hf_folders.trainer_run(str(tmp_path / "run"), shards=(2, 1))
+    wavg.average_checkpoints(run, tmp_path / "out")
+    assert hf_folders.contents(tmp_path / "out").keys() == {
+        "model.safetensors",
+        *hf_folders.BESIDE,
+    }
+    assert_same(wavg.load(tmp_path / "out"), averaged(run))
+
+
+@pytest.mark.parametrize("shards", [(2, 1), (1, 3)])
+@pytest.mark.parametrize("limit", [100, 300, 600, "1kB", "5GB"])
+def test_an_output_is_divided_anew_on_request(tmp_path, shards, limit):
+    run = hf_folders.trainer_run(str(tmp_path / "run"), shards=shards)
+    wavg.average_checkpoints(run, tmp_path / "out", max_shard_size=limit)
+    expected, result = averaged(run), wavg.load(tmp_path / "out")
+    assert_same({name: result[name] for name in expected}, expected)  # large ones come before
+    names = hf_folders.contents(tmp_path / "out").keys() - hf_folders.BESIDE.keys()
+    if limit == "5GB":
+        assert names == {"model.safetensors"}
+        return
+    count = len(names) - 1
+    assert names == {INDEX} | {
+        f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)
+    }
+    bytes_allowed = 1000 if limit == "1kB" else limit
+    for name in names - {INDEX}:
+        with safetensors.safe_open(tmp_path / "out" / name, "np") as shard:
+            assert shard.metadata() == {"format": "pt"}
+            sizes = [np.prod(shard.get_slice(key).get_shape()) * 4 for key in shard.keys()]  # noqa: SIM118
+        assert sum(sizes) <= max(bytes_allowed, 512) or len(sizes) == 1
+
+
+def test_an_index_may_be_named_as_output(run, tmp_path):
+    output = tmp_path / f"averaged{folders.INDEX}"
+    wavg.average_checkpoints(run, output)
+    assert sorted(os.listdir(tmp_path)) == [
+        "averaged-00001-of-00002.safetensors",
+        "averaged-00002-of-00002.safetensors",
+        output.name,
+        "run",
+    ]
+    assert_same(wavg.load(output), averaged(run))
+    with pytest.raises(wavg.OutputExistsError, match="cannot be replaced at one instant"):
+        wavg.average_checkpoints(run, output, overwrite=True)
+
+
+def test_tensors_are_saved_with_an_index(tmp_path):
+    wavg.save(tmp_path / f"m{folders.INDEX}", hf_folders.model(1))
+    assert_same(wavg.load(tmp_path), hf_folders.model(1))
+
+
+def test_the_index_tells_the_size_of_another_dtype(run, tmp_path):
+    wavg.average_checkpoints(run, tmp_path / "out", dtype="float16")
+    result = wavg.load(tmp_path / "out")
+    assert_same(result, averaged(run, dtype="float16"))
+    content = json.loads((tmp_path / "out" / INDEX).read_bytes())
+    assert content["metadata"]["total_size"] == sum(array.nbytes for array in result.values())
+    assert content["metadata"]["total_parameters"] == sum(a.size for a in result.values())
+    assert content["weight_map"] == json.loads(read_bytes(f"{run[-1]}/{INDEX}"))["weight_map"]
+
+
+def test_an_index_keeps_what_else_it_says(tmp_path):
+    def edit(content):
+        content["more"] = [1, {"deep": None}]
+        del content["metadata"]
+
+    for step in (1, 2):
+        hf_folders.sharded(tmp_path / f"c-{step}", hf_folders.model(step), edit=edit)
+    wavg.average_checkpoints(tmp_path, tmp_path / "out", max_shard_size=900)
+    content = json.loads((tmp_path / "out" / INDEX).read_bytes())
+    assert content["more"] == [1, {"deep": None}]
+    assert "metadata" not in content
+    assert_same(wavg.load(tmp_path / "out"), averaged(f"{tmp_path}/c-*"))
+
+
+def test_many_averages_are_as_many_folders(run, tmp_path):
+    reports = wavg.average_checkpoints(run, f"{tmp_path}/{{weights}}", weights=["equal", "linear"])
+    assert [os.path.basename(report.output) for report in reports] == ["equal", "linear"]
+    for report in reports:
+        assert_same(wavg.load(report.output), averaged(run, weights=report.plan.schedule))
+
+
+def test_the_output_of_an_earlier_call_is_not_averaged_in(run, tmp_path):
+    output = tmp_path / "run/averaged"
+    wavg.average_checkpoints(tmp_path / "run", output)
+    expected = hf_folders.contents(output)
+    wavg.average_checkpoints(tmp_path / "run", output, overwrite=True)
+    assert hf_folders.contents(output) == expected
+
+
+@pytest.mark.parametrize("target", ["averaged.safetensors", "averaged.h5", "averaged.npz"])
+def test_one_file_has_no_shards(run, tmp_path, target):
+    with pytest.raises(wavg.OutputError, match="is one file, and has no shards"):
+        wavg.average_checkpoints(run, tmp_path / target, max_shard_size="5GB")
+
+
+def test_a_folder_needs_a_folder_to_follow(tmp_path):
+    for step in (1, 2):
+        wavg.save(tmp_path / f"m_{step}.safetensors", {"w": np.ones(3, "f4")})
+        wavg.save(tmp_path / f"m_{step}.npz", {"w": np.ones(3, "f4")})
+    for kind in ("safetensors", "npz"):
+        with pytest.raises(wavg.OutputError, match="no format is named so"):
+            wavg.average_checkpoints(f"{tmp_path}/*.{kind}", tmp_path / "out")
+        with pytest.raises(wavg.OutputError, match="is no folder of safetensors for it to follow"):
+            wavg.average_checkpoints(f"{tmp_path}/*.{kind}", f"{tmp_path}/out/")
+
+
+# --- what is carried over -------------------------------------------------------------------------
+
+
+def test_links_out_of_the_folder_are_not_followed(run, tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    os.symlink(tmp_path / "secret", f"{run[-1]}/vocab.txt")
+    os.symlink("config.json", f"{run[-1]}/merges.txt")
+    wavg.average_checkpoints(run, tmp_path / "out")
+    found = hf_folders.contents(tmp_path / "out")
+    assert "vocab.txt" not in found
+    assert found["merges.txt"] == found["config.json"]
+
+
+def test_links_of_a_cache_are_followed(tmp_path):
+    [made] = hf_folders.trainer_run(str(tmp_path / "files"), (1,), (2,))
+    snapshot = tmp_path / "hub/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    os.rename(made, tmp_path / "hub/blobs")
+    for name in os.listdir(tmp_path / "hub/blobs"):
+        os.symlink(f"../../blobs/{name}", snapshot / name)
+    wavg.average_checkpoints(snapshot, tmp_path / "out")
+    assert (tmp_path / "out").exists()
+    assert hf_folders.BESIDE.keys() < hf_folders.contents(tmp_path / "out").keys()
+    assert not os.path.islink(tmp_path / "out/config.json")
+
+
+def test_folders_and_pipes_are_not_copied(run, tmp_path):
+    os.mkdir(f"{run[-1]}/LICENSES")
+    os.mkfifo(f"{run[-1]}/NOTICE")
+    wavg.average_checkpoints(run, tmp_path / "out")
+    assert not {"LICENSES", "NOTICE"} & hf_folders.contents(tmp_path / "out").keys()
+
+
+# --- replacing ------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_refused_and_replaced_on_request(run, tmp_path):
+    output = tmp_path / "out"
+    wavg.average_checkpoints(run[:1], output)
+    with pytest.raises(wavg.OutputExistsError, match="--overwrite"):
+        wavg.average_checkpoints(run, output)
+    wavg.average_checkpoints(run, output, overwrite=True)
+    assert_same(wavg.load(output), averaged(run))
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+
+
+@pytest.mark.parametrize("kind", ["the newest input", "a folder within", "not a checkpoint"])
+def test_a_folder_that_holds_more_than_an_output_is_not_replaced(run, tmp_path, kind):
+    output = run[-1]
+    if kind != "the newest input":
+        output = str(tmp_path / "out")
+        wavg.average_checkpoints(run, output)
+        if kind == "a folder within":
+            os.mkdir(f"{output}/runs")
+        else:
+            os.unlink(f"{output}/{INDEX}")
+    before = sorted(os.listdir(output))
+    with pytest.raises(wavg.OutputError, match="is not replaced: it holds"):
+        wavg.average_checkpoints(run, output, overwrite=True)
+    assert sorted(os.listdir(output)) == before
+
+
+def test_an_output_may_replace_an_input(tmp_path):
+    run = hf_folders.trainer_run(str(tmp_path / "run"))
+    for name in hf_folders.STATE:
+        os.unlink(f"{run[-1]}/{name}")
+    expected = averaged(run)
+    wavg.average_checkpoints(run, run[-1], overwrite=True)
+    assert_same(wavg.load(run[-1]), expected)
+
+
+def test_nothing_is_left_of_a_folder_that_failed(run, tmp_path):
+    with open(f"{run[0]}/{SECOND}", "r+b") as file:
+        file.seek(-40, os.SEEK_END)
+        file.write(b"\xff" * 4)
+    with pytest.raises(wavg.NonFiniteError):
+        wavg.average_checkpoints(run, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
