@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -533,3 +534,47 @@ def test_nothing_is_left_of_a_folder_that_failed(run, tmp_path):
     with pytest.raises(wavg.NonFiniteError):
         wavg.average_checkpoints(run, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]
+
+
+# --- room on the disk -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("out", {}),
+        ("out", {"dtype": "float16"}),
+        ("out", {"max_shard_size": 600}),
+        ("out.safetensors", {}),
+        ("out.npz", {}),
+    ],
+)
+def test_a_plan_tells_the_disk_that_an_output_takes(run, tmp_path, name, options):
+    output = tmp_path / name
+    plan = wavg.plan_average(run, output, **options)
+    wavg.average_checkpoints(run, output, **options)
+    files = output.iterdir() if output.is_dir() else [output]
+    size = sum(file.stat().st_size for file in files if file.name not in hf_folders.BESIDE)
+    assert abs(plan.disk_bytes - size) < 2500  # headers, of tiny tensors
+    if options == {} and name == "out":
+        assert plan.disk_bytes == size
+
+
+def test_a_disk_without_room_is_told_before_the_work_begins(run, tmp_path, monkeypatch, capsys):
+    free = os.statvfs_result((512, 512, 9, 9, 3, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    monkeypatch.setattr("wavg.files.stream.run", None)
+    with pytest.raises(wavg.OutputError, match="1,536 are free") as caught:
+        wavg.average_checkpoints(run, tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert main(["average", *run, "-o", f"{tmp_path}/out", "--dry-run"]) == 0
+    assert re.search(r"disk: \d\.\d+ kB needed", capsys.readouterr().out)
+
+
+def test_several_outputs_share_the_disk(run, tmp_path, monkeypatch):
+    size = wavg.plan_average(run, tmp_path / "out").disk_bytes
+    free = os.statvfs_result((1, 1, 9, size * 3 // 2, size * 3 // 2, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    with pytest.raises(wavg.OutputError, match="nothing was begun"):
+        wavg.average_checkpoints(run, f"{tmp_path}/{{last}}", last=[1, 2])
+    wavg.average_checkpoints(run, f"{tmp_path}/one")

@@ -384,6 +384,7 @@ def _plan_as_json(plan: Plan, report: Report | None) -> dict[str, Any]:
         "optimizer_tensors": len(plan.others) if plan.keep_others else 0,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "disk_bytes": plan.disk_bytes,
         "projected_memory": plan.projected_memory,
         "block": plan.block,
         "workers": plan.workers,
@@ -430,6 +431,8 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
         f"{_count(plan.workers, 'worker')})"
     )
     read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
+    if report is None:
+        yield f"disk: {_bytes(sum(plan.disk_bytes for plan, _ in made))} needed"
     verb = "would write" if report is None else "wrote"
     if not several:
         yield f"{verb} {plan.output}: {read} read, {written} written"

@@ -272,6 +272,7 @@ def average_checkpoints(
         outputs.refuse(target, paths[-1], overwrite=overwrite)
     with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
+        outputs.refuse_full(plans)
         with _progress_bar(plans[0], progress) as tick:
             verify_checksums(checkpoints, plans[0].workers, tick)
             if not targets:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from wavg import publish
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.errors import OutputExistsError
 from wavg.formats import (
@@ -30,7 +32,7 @@ from wavg.publish import (
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 
-__all__ = ["Output", "new", "planned", "refuse"]
+__all__ = ["Output", "new", "planned", "refuse", "refuse_full"]
 
 
 class Output(NamedTuple):
@@ -73,6 +75,19 @@ class Output(NamedTuple):
 def refuse(target: str, reference: str, *, overwrite: bool) -> None:
     """Raise an error if an output after a reference cannot be where it is to be."""
     _refuse_existing(target, overwrite, folder=is_folder_output(target, reference))
+
+
+def refuse_full(plans: Iterable[Plan]) -> None:
+    """Raise an error if the outputs, or those on the same disk, have no room where they are to be.
+
+    An output that is replaced stays until the new one is complete.
+    """
+    needed: dict[int, int] = collections.defaultdict(int)
+    for plan in plans:
+        if plan.output is not None:
+            disk = os.stat(os.path.dirname(os.path.realpath(plan.output))).st_dev
+            needed[disk] += plan.disk_bytes
+            publish.refuse_full(plan.output, needed[disk])
 
 
 def _refuse_existing(target: str, overwrite: bool, *, folder: bool) -> None:

@@ -140,6 +140,8 @@ class Plan:
     bytes_read, bytes_written
         What the run moves, the reference's carried-over bytes included. Averages made in one pass
         share what is read.
+    disk_bytes
+        What the output takes on the disk, but for what a new layout adds (headers); 0 for arrays.
     projected_memory
         The promised peak, in bytes beyond the interpreter with ``import wavg``.
     result_bytes
@@ -161,6 +163,7 @@ class Plan:
     workers: int
     bytes_read: int
     bytes_written: int
+    disk_bytes: int
     projected_memory: int
     result_bytes: int
 
@@ -268,6 +271,11 @@ def make_plans(
         result += count * lookup(kind.target).bits // 8
     read += sum(checksum.extent.length for index in indexes for checksum in index.checksums)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
+    disk = result + carried
+    if patches:  # the rest of the files stays
+        files = sum(identity.size for identity in reference.files)
+        specs = [*reference.tensors, *reference.others]
+        disk += files - sum(spec.nbytes for spec in specs)
     plans = []
     for schedule, coefficients, output in weightings:
         newest = slice(len(indexes) - len(coefficients), None)
@@ -290,6 +298,7 @@ def make_plans(
                 workers=workers,
                 bytes_read=read + carried,
                 bytes_written=0 if in_memory else result + carried,
+                disk_bytes=0 if in_memory else max(disk, 0),
                 projected_memory=projected,
                 result_bytes=result if in_memory else 0,
             )
