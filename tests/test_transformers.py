@@ -204,6 +204,6 @@ def test_the_comparison_sees_planted_errors(tmp_path):
     with pytest.raises(AssertionError):
         assert_alike(str(tmp_path / "averaged"), mean(models))
     assert_alike(str(tmp_path / "averaged"), expected := mean(models[1:]))
-    expected.config.hidden_act = expected.model.layers[0].mlp.act_fn = torch.nn.Identity()
+    expected.model.layers[0].mlp.act_fn = torch.nn.Identity()
     with pytest.raises(AssertionError):
         assert_alike(str(tmp_path / "averaged"), expected)

@@ -20,7 +20,7 @@ from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError
-from wavg.formats import format_of_output, open_file
+from wavg.formats import adapters, format_of_output, open_file
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.opening import opened, uncollected, verify_checksums, verify_unchanged
@@ -542,6 +542,7 @@ def _plans(
         for (rule, number), target in zip(cells, outputs, strict=True)
     ]
     reference = checkpoints[-1].index
+    adapters.refuse_unlike([checkpoint.path for checkpoint in checkpoints])
     created = format_of_output(targets[0], reference) if targets else None
     with uncollected():
         return make_plans(

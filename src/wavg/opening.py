@@ -18,7 +18,7 @@ def _allow_open_files(count: int) -> None:
         import resource
     except ImportError:  # pragma: no cover - Windows has no such limit
         return
-    needed = 64 * count + 64  # a checkpoint may be many files
+    needed = count + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -30,7 +30,8 @@ def opened(
     paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
 ) -> Iterator[list[Checkpoint]]:
     """Open checkpoints, oldest first, so that those of one layout share what they can."""
-    _allow_open_files(len(paths) + outputs)
+    most = 64  # files of a checkpoint, until one has more
+    _allow_open_files(most * (len(paths) + outputs))
     with contextlib.ExitStack() as stack:
         checkpoints: list[Checkpoint] = []
         with uncollected():
@@ -38,6 +39,9 @@ def opened(
                 like = checkpoints[-1].index if checkpoints else None
                 opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
                 checkpoints.append(stack.enter_context(opened))
+                if len(opened.index.files) > most:
+                    most = len(opened.index.files)
+                    _allow_open_files(most * (len(paths) + outputs))
         yield checkpoints
 
 
