@@ -400,6 +400,14 @@ def test_tensors_are_saved_with_an_index(tmp_path):
     assert_same(wavg.load(tmp_path), hf_folders.model(1))
 
 
+def test_an_index_that_would_be_too_large_to_read_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("wavg.formats.safetensors_shards._LARGEST_MAP", 300)
+    path = tmp_path / "out.safetensors.index.json"
+    with pytest.raises(wavg.OutputError, match="write one file"):
+        wavg.save(path, hf_folders.model(1))
+    assert not path.exists()
+
+
 def test_the_index_tells_the_size_of_another_dtype(run, tmp_path):
     wavg.average_checkpoints(run, tmp_path / "out", dtype="float16")
     result = wavg.load(tmp_path / "out")
@@ -408,6 +416,19 @@ def test_the_index_tells_the_size_of_another_dtype(run, tmp_path):
     assert content["metadata"]["total_size"] == sum(array.nbytes for array in result.values())
     assert content["metadata"]["total_parameters"] == sum(a.size for a in result.values())
     assert content["weight_map"] == json.loads(read_bytes(f"{run[-1]}/{INDEX}"))["weight_map"]
+
+
+def test_the_configuration_tells_another_dtype_and_is_else_the_same(run, tmp_path):
+    config = b'{\n "torch_dtype" : "float32", "text_config": {"dtype":"float32"},"x": "float32" }'
+    for folder in run:
+        with open(f"{folder}/config.json", "wb") as file:
+            file.write(config)
+    wavg.average_checkpoints(run, tmp_path / "same")
+    assert (tmp_path / "same/config.json").read_bytes() == config
+    wavg.average_checkpoints(run, tmp_path / "out", dtype="float16")
+    expected = config.replace(b'dtype" : "float32', b'dtype" : "float16')
+    expected = expected.replace(b'dtype":"float32', b'dtype":"float16')
+    assert (tmp_path / "out/config.json").read_bytes() == expected
 
 
 def test_an_index_keeps_what_else_it_says(tmp_path):
@@ -500,6 +521,14 @@ def test_an_existing_folder_is_refused_and_replaced_on_request(run, tmp_path):
     wavg.average_checkpoints(run, output, overwrite=True)
     assert_same(wavg.load(output), averaged(run))
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+
+
+def test_an_empty_folder_is_replaced_on_request(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(wavg.OutputExistsError, match="--overwrite"):
+        wavg.average_checkpoints(run, tmp_path / "out")
+    wavg.average_checkpoints(run, tmp_path / "out", overwrite=True)
+    assert_same(wavg.load(tmp_path / "out"), averaged(run))
 
 
 @pytest.mark.parametrize("kind", ["the newest input", "a folder within", "not a checkpoint"])

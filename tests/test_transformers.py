@@ -181,6 +181,13 @@ def test_divided_anew_it_is_what_transformers_divides(tmp_path, limit):
     assert len(names[0]) == len(names[1])
 
 
+def test_another_dtype_is_that_in_which_it_loads(tmp_path):
+    models, folders = save_run(tmp_path / "run", llama(True), torch.bfloat16, "8KB")
+    wavg.average_checkpoints(folders, tmp_path / "averaged", dtype="float32")
+    wider = [copy.deepcopy(model).float() for model in models]
+    assert_alike(str(tmp_path / "averaged"), mean(wider))
+
+
 def test_runs_divided_differently_average(tmp_path):
     models, folders = save_run(tmp_path / "run", llama(False), torch.float32, "8KB")
     for model, folder, size in zip(models, folders, ("3KB", "5GB", "20KB"), strict=False):

@@ -241,7 +241,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--max-shard-size",
-        type=_size,
+        type=_shard_size,
         metavar="SIZE",
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
@@ -289,10 +289,18 @@ def _size(text: str) -> int:
     return parse_size(text)
 
 
+def _shard_size(text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise ValueError
+    return size
+
+
 for _type, _name in (
     (_positive, "whole number from 1 to 1,000,000"),
     (_numbers, "list of numbers"),
     (_size, "size"),
+    (_shard_size, "size above zero"),
 ):
     _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
 

@@ -131,12 +131,12 @@ def _of_folder(folder: str, output: str | None) -> list[str]:
     whole, inner = checkpoint_in(folder), list[str]()
     if whole or not files:
         files = [whole] if whole else []
-        inner = [path for path in paths if os.path.isdir(path) and checkpoint_in(path)]
+        inner = [path for path in paths if os.path.isdir(path)]
         if whole:  # folders of other parts (a vision tower, a pooling layer) are none of a series
             inner = [path for path in inner if re.search(r"[-_=][0-9]+$", path)]
-            if not inner:
-                return files
-        inner = _without_aliases(inner)
+        inner = _without_aliases([path for path in inner if checkpoint_in(path)])
+        if whole and not inner:
+            return files
     found = _without_output(files + inner, output)
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in the folder {folder}")

@@ -19,7 +19,7 @@ from wavg.formats import (
     parts_of,
     refuse_new,
 )
-from wavg.formats.folders import beside, unlike_an_output
+from wavg.formats.folders import beside, retyped, unlike_an_output
 from wavg.opening import uncollected
 from wavg.plan import Plan
 from wavg.publish import (
@@ -33,6 +33,8 @@ from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 
 __all__ = ["Output", "new", "planned", "refuse", "refuse_full"]
+
+_LARGEST_CONFIG = 10 << 20
 
 
 class Output(NamedTuple):
@@ -121,16 +123,22 @@ def planned(plan: Plan, reference: Checkpoint, target: str, *, overwrite: bool) 
         sink = FileSink(files, templates, reference)
         for made in published:
             if isinstance(made, AtomicFolder):
-                _carry(beside(reference.path), made)
+                _carry(plan, beside(reference.path), made)
         yield Output(files, templates, sink, published)
 
 
-def _carry(paths: Iterable[str], folder: AtomicFolder) -> None:
-    """Copy files as they are into a folder in the making."""
+def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:
+    """Copy files into a folder in the making, as they are but for the dtype of the model."""
+    before = {d.spec.dtype for d in plan.averaged if d.output.dtype != d.spec.dtype}
     for path in paths:
+        name = os.path.basename(path)
         with open(path, "rb") as source:
             size = os.fstat(source.fileno()).st_size
-            folder.file(os.path.basename(path)).copy_from(source.fileno(), 0, size, 0)
+            if name == "config.json" and before and size <= _LARGEST_CONFIG:
+                text = retyped(source.read(_LARGEST_CONFIG), before, str(plan.options.dtype))
+                folder.file(name).write(text, 0)
+            else:
+                folder.file(name).copy_from(source.fileno(), 0, size, 0)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections.abc import Iterable
 
 from wavg.errors import CheckpointFormatError
 
@@ -20,6 +21,7 @@ __all__ = [
     "has_folder",
     "is_carried",
     "is_shard",
+    "retyped",
     "unlike_an_output",
 ]
 
@@ -122,6 +124,19 @@ def unlike_an_output(folder: str) -> list[str]:
         for name in sorted(os.listdir(folder))
         if not (name == main or is_carried(name) or (main.endswith(INDEX) and is_shard(name)))
     ]
+
+
+def retyped(config: bytes, before: Iterable[str], after: str) -> bytes:
+    """Return a ``config.json`` in which the model's dtype, one of those before, is another.
+
+    Loaders convert what they load to the dtype that stands there. Every other byte stays.
+
+    >>> retyped(b'{"dtype": "bfloat16", "hidden_size": 8}', ["bfloat16"], "float32")
+    b'{"dtype": "float32", "hidden_size": 8}'
+    """
+    names = b"|".join(re.escape(name).encode() for name in before)
+    pattern = rb'("(?:torch_)?dtype"\s*:\s*")(?:%s)(?=")' % names
+    return re.sub(pattern, rb"\g<1>" + after.encode(), config)
 
 
 def beside(main: str) -> list[str]:

@@ -263,4 +263,10 @@ def _map(
         total = sum(specs[name].nbytes for name in shards)
         new["metadata"] = {**new["metadata"], "total_size": total}
     text = raw if new == content else (json.dumps(new, indent=2) + "\n").encode()
+    if len(text) > _LARGEST_MAP:
+        raise OutputError(
+            f"{parts[0].path}: {len(shards):,} tensors make an index of {len(text):,} bytes, more "
+            f"than {_LARGEST_MAP:,}; write one file",
+            path=parts[0].path,
+        )
     return Template(len(text), {}, [(0, text)])
