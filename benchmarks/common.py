@@ -163,7 +163,17 @@ def machine(cache: str) -> dict:
     """Return what a figure depends on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    packages = ("wavg", "numpy", "safetensors", "h5py", "ml_dtypes", "torch", "mergekit")
+    packages = (
+        "wavg",
+        "numpy",
+        "safetensors",
+        "h5py",
+        "ml_dtypes",
+        "torch",
+        "mergekit",
+        "keras",
+        "jax",
+    )
     installed = {
         found.metadata["Name"].lower(): found.version for found in metadata.distributions()
     }

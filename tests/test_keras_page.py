@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import wavg
 from wavg.cli import main
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -63,11 +64,11 @@ def test_the_page_runs_and_says_what_happens(page):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["```python\n>>> 1 + 1\n3\n\n```", "```python\nassert False\n```", "```sh\nwavg average none.h5 -o a.h5\n```"]
+    "wrong", [("python", ">>> 1 + 1\n3\n"), ("python", "assert 0"), ("sh", "wavg inspect none.h5")]
 )
 def test_a_wrong_example_is_seen(wrong, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
-        run(wrong, tmp_path, monkeypatch)
+        run("```{}\n{}\n```".format(*wrong), tmp_path, monkeypatch)
 
 
 def normalized(norm, values):
@@ -101,3 +102,27 @@ def test_remeasured_statistics_are_those_of_the_activations(page):
     changed = {id(v) for n in (first, second) for v in (n.moving_mean, n.moving_variance)}
     for variable in model.variables:
         assert np.array_equal(variable.numpy(), before[variable.path]) != (id(variable) in changed)
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_callback_and_remeasuring_work_in_tf_keras():
+    tf_keras = pytest.importorskip("tf_keras")
+    names = {"keras": tf_keras, "wavg": wavg, "np": np}
+    for code in re.findall(r"^```python\n((?:class|def) .*?)^```$", PAGE.read_text(), re.M | re.S):
+        exec(code, names)
+    layers = tf_keras.layers
+    norm = layers.BatchNormalization()
+    inner = tf_keras.Sequential([tf_keras.Input((3,)), layers.Dense(4), norm])
+    model = tf_keras.Sequential([tf_keras.Input((3,)), inner, layers.Dense(1)])
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(1, 3, (4, 16, 3)).astype("float32")
+    averaging = names["Averaging"](start=1)
+    model.fit(x.reshape(-1, 3), np.ones((64, 1)), epochs=3, verbose=0, callbacks=[averaging])
+    assert averaging.averager.count == 2
+    assert all(map(np.array_equal, model.get_weights(), averaging.averager.result()))
+    names["remeasure"](model, x)
+    seen = np.asarray(inner.layers[0](x), "float64")
+    mean, variance = seen.mean(axis=1).mean(axis=0), seen.var(axis=1).mean(axis=0)
+    np.testing.assert_allclose(norm.moving_mean.numpy(), mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance.numpy(), variance, rtol=1e-4)
