@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from wavg.dtypes import DType, lookup
 from wavg.errors import CheckpointChangedError, CheckpointFormatError, WavgError
+from wavg.extents import Extent
 
 __all__ = [
     "BlockReader",
     "Checkpoint",
     "Checksum",
-    "Extent",
     "FileIdentity",
     "Index",
     "LazyTensor",
@@ -37,14 +37,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-
-
-class Extent(NamedTuple):
-    """A run of bytes: which of the checkpoint's files, where, how long."""
-
-    file: int
-    offset: int
-    length: int
 
 
 class Checksum(NamedTuple):

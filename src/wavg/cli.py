@@ -17,6 +17,7 @@ from typing import Any
 
 import wavg
 from wavg import weights as schedules
+from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
@@ -26,6 +27,7 @@ from wavg.plan import MIB, Plan, parse_size
 
 __all__ = ["main"]
 
+_SHOWN_PAIRS = 60
 _SHOWN = 12  # rows of a long list before the rest is counted
 _SHOWN_DIFFERENCES = 60
 
@@ -205,6 +207,13 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="take these tensors from the newest checkpoint",
     )
+    add(
+        "--align",
+        choices=ALIGNMENTS,
+        default="name",
+        help="which tensors belong together: those of one name, or of one position, for runs whose "
+        "automatic names differ (default: %(default)s)",
+    )
     floats = [entry.name for entry in DTYPES if entry.kind == "float"]
     add(
         "--dtype",
@@ -288,6 +297,7 @@ def _average(options: argparse.Namespace) -> None:
             "dtype",
             "include",
             "exclude",
+            "align",
             "optimizer",
             "integers",
             "allow_nonfinite",
@@ -356,6 +366,7 @@ def _plan_as_json(plan: Plan, report: Report | None) -> dict[str, Any]:
         "amplification": plan.figures.amplification,
         "averaged": [decision.spec.name for decision in plan.averaged],
         "carried": {decision.spec.name: decision.reason for decision in plan.carried},
+        "paired": {name: list(others) for name, others in plan.paired.items()},
         "differing": list(report.differing) if report else None,
         "optimizer_tensors": len(plan.others) if plan.keep_others else 0,
         "bytes_read": plan.bytes_read,
@@ -379,6 +390,12 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
         yield _figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)
     yield f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers"
+    if plan.paired:
+        yield f"paired by position: {_count(len(plan.paired), 'tensor')} of other names"
+        yield from _shorten(
+            [f"  {name} = {', '.join(others)}" for name, others in plan.paired.items()],
+            _SHOWN_PAIRS,
+        )
     if plan.carried:
         yield f"carried over from the newest: {_count(len(plan.carried), 'tensor')}"
         differing = set(report.differing) if report else set()

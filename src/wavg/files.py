@@ -10,7 +10,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
@@ -31,6 +30,8 @@ from wavg.sinks import FileSink, MemorySink
 from wavg.templates import Template, can_patch_in_place, in_place
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from typing_extensions import Unpack
 
 __all__ = ["Report", "average_checkpoints", "load", "open_checkpoint", "plan_average", "save"]
@@ -69,6 +70,7 @@ class PlanOptions(TypedDict, total=False):
     dtype: str | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    align: str
     optimizer: str
     integers: str
     allow_nonfinite: bool
@@ -135,6 +137,7 @@ def average_checkpoints(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -174,6 +177,9 @@ def average_checkpoints(
         Write averaged tensors in this floating-point format rather than their own.
     include, exclude
         Globs over tensor names: average only these; take these from the newest.
+    align
+        Tensors belong together that have the same ``"name"``, or, for runs whose automatic names
+        differ (``dense``, ``dense_3``), the same ``"position"``; shapes and dtypes must agree.
     optimizer
         ``"carry"`` the newest's optimizer state over, or ``"drop"`` it.
     integers
@@ -244,6 +250,7 @@ def average_checkpoints(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -409,6 +416,7 @@ def plan_average(
     dtype: str | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    align: str = "name",
     optimizer: str = "carry",
     integers: str = "reference",
     allow_nonfinite: bool = False,
@@ -435,6 +443,7 @@ def plan_average(
         dtype=dtype,
         include=_patterns(include),
         exclude=_patterns(exclude),
+        align=align,
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
@@ -487,7 +496,8 @@ def open_checkpoint(
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+    with _uncollected():
+        checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
     try:
         _verify_checksums([checkpoint], _available_cores())
     except BaseException:
@@ -660,6 +670,8 @@ def _verify_checksums(
     pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
     if not pairs:
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
         for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
             if tick is not None:

@@ -6,17 +6,20 @@ Pure functions from indexes and options to a frozen `Plan`. It touches no file.
 from __future__ import annotations
 
 import fnmatch
+import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from wavg.alignment import ALIGNMENTS, align
 from wavg.checkpoint import Index, TensorSpec
-from wavg.dtypes import lookup
-from wavg.errors import MemoryBudgetError, StructureMismatchError, WavgError
+from wavg.dtypes import DTYPES, lookup
+from wavg.errors import MemoryBudgetError, WavgError
 from wavg.kernel import reads_files, scratch_bytes
 from wavg.weights import Figures, figures
 
@@ -32,6 +35,7 @@ __all__ = [
 
 MIB = 1 << 20
 _BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
+_UNPACKED_BYTES = 16 << 20  # of compressed tensors: chunks are unpacked whole, for every block
 _SMALLEST_BLOCK = 1_024
 # Measured by tests/test_memory.py, which fails if a run needs more than its plan says.
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
@@ -48,6 +52,7 @@ class Options:
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    align: str = "name"
     optimizer: str = "carry"
     integers: str = "reference"
     allow_nonfinite: bool = False
@@ -55,6 +60,8 @@ class Options:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"align must be 'name' or 'position', not {self.align!r}")
         if self.optimizer not in ("carry", "drop"):
             raise ValueError(f"optimizer must be 'carry' or 'drop', not {self.optimizer!r}")
         if self.integers not in ("reference", "error"):
@@ -82,13 +89,13 @@ class Decision(NamedTuple):
     spec
         The tensor in the reference.
     sources
-        The tensor in every input, oldest first.
+        The tensor in every layout, the reference's first: `Plan.layouts` tells which an input has.
     action
         ``"average"``, or ``"carry"``: taken from the reference as it is.
     reason
         Why it is carried over; empty for an averaged one.
     output
-        The tensor as it is to be written.
+        The tensor as it is to be written; without an extent where that cannot be in its place.
     compare
         Whether the inputs' values are compared, and a difference reported.
     """
@@ -113,6 +120,9 @@ class Plan:
         The schedule's text, the unnormalised weights, shape (inputs,), and what to say of them.
     output
         The path to be written; None if the result is arrays.
+    layouts
+        For each input of the pass, which of a decision's `sources` is its: inputs whose indexes
+        are the same share one.
     decisions
         One a tensor, in the reference's order.
     others, keep_others
@@ -137,6 +147,7 @@ class Plan:
     coefficients: npt.NDArray[np.float64]
     figures: Figures
     output: str | None
+    layouts: tuple[int, ...]
     decisions: tuple[Decision, ...]
     others: tuple[TensorSpec, ...]
     keep_others: bool
@@ -159,6 +170,14 @@ class Plan:
     def averaged(self) -> list[Decision]:
         """The decisions to average."""
         return [decision for decision in self.decisions if decision.action == "average"]
+
+    @property
+    def paired(self) -> dict[str, tuple[str, ...]]:
+        """Tensors that have other names in other inputs, and these names."""
+        names = {
+            d.spec.name: tuple(dict.fromkeys(s.name for s in d.sources)) for d in self.decisions
+        }
+        return {name: found[1:] for name, found in names.items() if len(found) > 1}
 
     @property
     def carried(self) -> list[Decision]:
@@ -228,21 +247,20 @@ def make_plans(
     """
     reference = indexes[-1]
     in_memory = output_format is None
-    sources = _align(indexes)
+    layouts, sources = align(indexes, options.align)
     _check_patterns(reference, options)
-    decisions = tuple(_decide(spec, sources[spec.name], options) for spec in reference.tensors)
-    if not any(decision.action == "average" for decision in decisions):
+    decisions, elements = _decide(reference, sources, options)
+    if not any(kind.action == "average" for kind in elements):
         raise WavgError(f"{reference.path}: there is no tensor to average")
     _refuse_quantised(reference, decisions)
     created = None if patches else output_format
-    block, workers, projected = _fit(indexes, decisions, options, created, len(weightings))
+    block, workers, projected = _fit(indexes, elements, options, created, len(weightings))
     keep_others = options.optimizer == "carry" and not in_memory and patches
     read = result = 0
-    for decision in decisions:
-        size = decision.spec.nbytes  # the same in every input
-        everywhere = decision.action == "average" or decision.compare
-        read += size * (len(indexes) if everywhere else 1)
-        result += size if decision.output is decision.spec else decision.output.nbytes
+    for kind, count in elements.items():
+        readers = len(indexes) if kind.action == "average" or kind.compare else 1
+        read += readers * (count * lookup(kind.source).bits // 8)  # the same in every input
+        result += count * lookup(kind.target).bits // 8
     read += sum(checksum.extent.length for index in indexes for checksum in index.checksums)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
     plans = []
@@ -257,6 +275,7 @@ def make_plans(
                 coefficients=coefficients,
                 figures=merit,
                 output=output,
+                layouts=layouts,
                 decisions=decisions,
                 others=reference.others,
                 keep_others=keep_others,
@@ -273,61 +292,67 @@ def make_plans(
     return plans
 
 
-def _align(indexes: Sequence[Index]) -> dict[str, tuple[TensorSpec, ...]]:
-    """Match tensors by name; list every difference of the inputs to the reference."""
-    reference = indexes[-1]
-    distinct = {id(index.tensors): index.tensors for index in indexes}
-    by_name = {key: {spec.name: spec for spec in table} for key, table in distinct.items()}
-    tables = [by_name[id(index.tensors)] for index in indexes]
-    differences: list[str] = []
-    for index, table in zip(indexes[:-1], tables[:-1], strict=True):
-        if table is tables[-1]:
-            continue
-        if index.format != reference.format:
-            differences.append(f"{index.path}: {index.format}, not {reference.format}")
-            continue
-        for name, spec in tables[-1].items():
-            found = table.get(name)
-            if found is None:
-                differences.append(f"{index.path}: lacks {name} ({spec.describe()})")
-            elif found.describe() != spec.describe():
-                differences.append(
-                    f"{index.path}: {name} is {found.describe()}, not {spec.describe()}"
-                )
-        differences += [
-            f"{index.path}: also has {name} ({spec.describe()})"
-            for name, spec in table.items()
-            if name not in tables[-1]
-        ]
-    if differences:
-        raise StructureMismatchError(
-            f"{_count_of(differences)} between the inputs and the newest, {reference.path}:\n  "
-            + "\n  ".join(differences),
-            differences=differences,
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kind:
+    """What is decided for all tensors that are alike."""
+
+    action: str
+    reason: str
+    source: str
+    target: str
+    compare: bool
+
+
+def _decide(
+    reference: Index, sources: Iterable[tuple[TensorSpec, ...]], options: Options
+) -> tuple[tuple[Decision, ...], dict[_Kind, int]]:
+    """Return what happens to each tensor, and the elements of each kind in all."""
+    kinds = _kinds(reference, options)
+    elements = dict.fromkeys(kinds, 0)
+    for kind, shape in zip(kinds, [spec.shape for spec in reference.tensors], strict=True):
+        elements[kind] += math.prod(shape)
+    decisions = [
+        Decision(
+            spec,
+            found,
+            kind.action,
+            kind.reason,
+            spec if kind.target == kind.source else spec._replace(dtype=kind.target, extent=None),
+            kind.compare,
         )
-    if all(table is tables[-1] for table in tables):
-        return {spec.name: (spec,) * len(tables) for spec in reference.tensors}
-    return {spec.name: tuple(table[spec.name] for table in tables) for spec in reference.tensors}
+        for kind, spec, found in zip(kinds, reference.tensors, sources, strict=True)
+    ]
+    return tuple(decisions), elements
 
 
-def _count_of(differences: Sequence[str]) -> str:
-    return f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
+def _kinds(reference: Index, options: Options) -> list[_Kind]:
+    """Return each tensor's kind; those that are alike share one."""
+    unchosen: Iterable[str] = itertools.repeat("")
+    if options.include or options.exclude:
+        unchosen = [_why_unchosen(spec.name, options) for spec in reference.tensors]
+    alike = list(zip([spec.dtype for spec in reference.tensors], unchosen, strict=False))
+    kinds = {key: _kind(*key, options) for key in set(alike)}
+    return [kinds[key] for key in alike]
 
 
-def _decide(spec: TensorSpec, sources: tuple[TensorSpec, ...], options: Options) -> Decision:
-    chosen = not options.include or _matches(spec.name, options.include)
-    if not chosen or _matches(spec.name, options.exclude):
-        reason = "excluded" if chosen else "not included"
-        return Decision(spec, sources, "carry", reason, spec)
-    if not spec.entry.averaged:
-        return Decision(spec, sources, "carry", f"{spec.dtype} is not averaged", spec, True)
-    dtype = options.dtype if options.dtype and spec.entry.kind == "float" else spec.dtype
-    output = spec if dtype == spec.dtype else spec._replace(dtype=dtype)
-    return Decision(spec, sources, "average", "", output)
+def _why_unchosen(name: str, options: Options) -> str:
+    if options.include and not _matches(name, options.include):
+        return "not included"
+    return "excluded" if _matches(name, options.exclude) else ""
+
+
+def _kind(dtype: str, unchosen: str, options: Options) -> _Kind:
+    entry = lookup(dtype)
+    if unchosen:
+        return _Kind("carry", unchosen, dtype, dtype, compare=False)
+    if not entry.averaged:
+        return _Kind("carry", f"{dtype} is not averaged", dtype, dtype, compare=True)
+    target = options.dtype if options.dtype and entry.kind == "float" else dtype
+    return _Kind("average", "", dtype, target, compare=False)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return bool(patterns) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_patterns(reference: Index, options: Options) -> None:
@@ -344,14 +369,15 @@ def _refuse_quantised(reference: Index, decisions: Sequence[Decision]) -> None:
 
     Where both are taken from the reference, as by `exclude`, they stay together and are fine.
     """
-    actions = {decision.spec.name: decision.action for decision in decisions}
-    for spec in reference.tensors:
-        entry = spec.entry
-        narrow = entry.bits <= 8 and entry.kind in ("int", "float", "code")
-        if not narrow and not spec.name.endswith(("qweight", "qzeros")):
-            continue
+    codes = [
+        spec
+        for spec in reference.tensors
+        if spec.dtype in _NARROW or spec.name.endswith(_CODE_NAMES)
+    ]
+    actions = {decision.spec.name: decision.action for decision in decisions} if codes else {}
+    for spec in codes:
         place = max(spec.name.rfind("."), spec.name.rfind("/")) + 1
-        if not narrow and spec.name[place:] not in ("qweight", "qzeros"):
+        if spec.dtype not in _NARROW and spec.name[place:] not in _CODE_NAMES:
             continue
         scales = [f"{spec.name}{suffix}" for suffix in _SCALE_SUFFIXES]
         scales += [f"{spec.name[:place]}{name}" for name in _SCALE_NAMES]
@@ -366,13 +392,17 @@ def _refuse_quantised(reference: Index, decisions: Sequence[Decision]) -> None:
             )
 
 
+_NARROW = {
+    entry.name for entry in DTYPES if entry.bits <= 8 and entry.kind in ("int", "float", "code")
+}
+_CODE_NAMES = ("qweight", "qzeros")
 _SCALE_SUFFIXES = ("_scale", "_scales", "_scale_inv", ".scale", ".absmax", ".SCB", "_absmax")
 _SCALE_NAMES = ("scale", "scales", "SCB", "weight_scb", "absmax")
 
 
 def _fit(
     indexes: Sequence[Index],
-    decisions: Sequence[Decision],
+    elements: Mapping[_Kind, int],
     options: Options,
     created: str | None,
     outputs: int,
@@ -384,13 +414,13 @@ def _fit(
     if any(name and name.startswith("keras") for name in (created, indexes[-1].format)):
         fixed += _HDF5_BYTES + sum(index.reader_bytes for index in indexes)
     if created is not None:
-        fixed += _CREATED_BYTES * len(decisions) * outputs
-    total = sum(decision.spec.size for decision in decisions)  # neighbours are read as one
-    kinds = _kinds(decisions)
-    widest = max(lookup(source).itemsize for action, source, _ in kinds if action == "average")
-    wanted = max(1, min(_BLOCK_BYTES // widest, total))
-    most = max(1, min(options.workers, -(-total // wanted)))
+        fixed += _CREATED_BYTES * len(indexes[-1].tensors) * outputs
+    total = sum(elements.values())  # neighbours are read as one
+    kinds = [kind for kind in elements if kind.action == "average" or kind.compare]
+    widest = max(lookup(kind.source).itemsize for kind in kinds if kind.action == "average")
     in_place = all(spec.extent is not None for table in tables for spec in table)
+    wanted = max(1, min((_BLOCK_BYTES if in_place else _UNPACKED_BYTES) // widest, total))
+    most = max(1, min(options.workers, -(-total // wanted)))
     if not in_place:
         most = 1  # compressed bytes can only be read in their order
     for workers in range(most, 0, -1):
@@ -413,22 +443,14 @@ def _fit(
     )
 
 
-def _kinds(decisions: Sequence[Decision]) -> set[tuple[str, str, str]]:
-    """Return the actions that go through memory, with the dtypes of input and output."""
-    return {
-        (d.action, d.spec.dtype, d.output.dtype)
-        for d in decisions
-        if d.action == "average" or d.compare
-    }
-
-
 def _worker_bytes(
-    inputs: int, outputs: int, kinds: set[tuple[str, str, str]], block: int, in_place: bool
+    inputs: int, outputs: int, kinds: Iterable[_Kind], block: int, in_place: bool
 ) -> int:
     """Bound what one worker holds: a block of every output and, unless the kernel reads, input."""
     buffer = scratch = 0  # a worker keeps the largest buffer, whatever it has in hand
-    for action, source, target in ((action, lookup(a), lookup(b)) for action, a, b in kinds):
-        if action != "average":
+    for kind in kinds:
+        source, target = lookup(kind.source), lookup(kind.target)
+        if kind.action != "average":
             buffer = max(buffer, 2 * block * max(1, source.itemsize))
             continue
         formats = source.component, target.component

@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from wavg.errors import OutputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 try:
     import fcntl
@@ -70,9 +71,7 @@ class AtomicFile:
         self._destination = os.path.realpath(path)
         self._folder, name = os.path.split(self._destination)
         self._prefix = f".{name}."
-        self.temporary = os.path.join(
-            self._folder, f"{self._prefix}{secrets.token_hex(6)}{_SUFFIX}"
-        )
+        self.temporary = os.path.join(self._folder, f"{self._prefix}{os.urandom(6).hex()}{_SUFFIX}")
         self._descriptor = -1
         self._counting = threading.Lock()
         self._unsynced = 0
@@ -133,6 +132,8 @@ class AtomicFile:
             if self._sync is not None:
                 self._sync.result()
             if self._syncer is None:
+                from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
+
                 self._syncer = ThreadPoolExecutor(1, thread_name_prefix="wavg-sync")
             with contextlib.suppress(RuntimeError):  # no thread to be had: then at the end
                 self._sync = self._syncer.submit(_sync_data, self._descriptor)

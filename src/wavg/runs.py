@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from wavg.checkpoint import TensorSpec
+from wavg.extents import extent_table, in_order, side_by_side
 from wavg.plan import Decision
 
 __all__ = ["Run", "make_runs"]
@@ -22,7 +27,7 @@ class Run(NamedTuple):
     decisions, starts
         The tensors, and where each begins in the run, in elements.
     sources
-        In every input, one long tensor.
+        In every layout of `wavg.plan.Plan.layouts`, one long tensor.
     size
         Elements in all.
     """
@@ -44,49 +49,35 @@ class Run(NamedTuple):
 
 def make_runs(decisions: Sequence[Decision]) -> Iterator[Run]:
     """Join the tensors to average where neighbours lie side by side in every input."""
-    chosen = [d for d in decisions if d.action == "average" and d.spec.size]
-    placed = sorted((d for d in chosen if d.spec.extent), key=operator.attrgetter("spec.extent"))
-    group: list[Decision] = []
-    for decision in itertools.chain(placed, (d for d in chosen if d.spec.extent is None)):
-        if group and not _adjoins(group[-1], decision):
-            yield _join(group)
-            group = []
-        group.append(decision)
-    if group:
-        yield _join(group)
+    chosen = [d for d in decisions if d.action == "average" and 0 not in d.spec.shape]
+    if not chosen:
+        return
+    table = extent_table([d.spec.extent for d in chosen])
+    order = in_order(table)
+    joined = side_by_side(table[order])
+    for layout in range(1, len(chosen[0].sources)):  # the first is the reference's
+        joined &= side_by_side(extent_table([d.sources[layout].extent for d in chosen])[order])
+    chosen = [chosen[position] for position in order.tolist()]
+    joined &= _equal_neighbours([d.spec.dtype for d in chosen])
+    joined &= _equal_neighbours([d.output.dtype for d in chosen])
+    bounds = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(chosen)]
+    for first, end in itertools.pairwise(bounds):
+        yield _join(chosen[first:end])
 
 
-def _adjoins(a: Decision, b: Decision) -> bool:
-    if a.spec.dtype != b.spec.dtype or a.output.dtype != b.output.dtype:
-        return False
-    if not _side_by_side(a.spec, b.spec):  # the last of the sources
-        return False
-    if _is_one(a.sources) and _is_one(b.sources):  # one layout for all inputs
-        return True
-    return all(map(_side_by_side, a.sources, b.sources))
-
-
-def _side_by_side(left: TensorSpec, right: TensorSpec) -> bool:
-    if left.extent is None or right.extent is None:
-        return False
-    file, offset, length = left.extent
-    return right.extent.file == file and right.extent.offset == offset + length
-
-
-def _is_one(sources: Sequence[TensorSpec]) -> bool:
-    """Whether all inputs share one index; the ends tell most that do not."""
-    first = sources[0]
-    return first is sources[-1] and sources.count(first) == len(sources)
+def _equal_neighbours(values: Sequence[str]) -> npt.NDArray[np.bool_]:
+    return np.fromiter(map(operator.eq, values[1:], values), bool, len(values) - 1)
 
 
 def _join(group: Sequence[Decision]) -> Run:
-    starts = tuple(itertools.accumulate((d.spec.size for d in group[:-1]), initial=0))
-    size = starts[-1] + group[-1].spec.size
-    if len(group) == 1:
-        return Run(tuple(group), starts, group[0].sources, size)
-    sources = []
-    for first in group[0].sources:
-        assert first.extent is not None  # only extents adjoin
-        extent = first.extent._replace(length=size * first.entry.itemsize)
-        sources.append(first._replace(shape=(size,), extent=extent, fortran=False))
-    return Run(tuple(group), starts, tuple(sources), size)
+    *starts, size = itertools.accumulate((math.prod(d.spec.shape) for d in group), initial=0)
+    sources = group[0].sources
+    if len(group) > 1:  # then all lie somewhere
+        sources = tuple(_lengthened(first, size) for first in sources)
+    return Run(tuple(group), tuple(starts), sources, size)
+
+
+def _lengthened(first: TensorSpec, size: int) -> TensorSpec:
+    assert first.extent is not None  # only extents adjoin
+    extent = first.extent._replace(length=size * first.entry.itemsize)
+    return first._replace(shape=(size,), extent=extent, fortran=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Extent
+from wavg.checkpoint import Checkpoint
+from wavg.extents import Extent, extent_table, side_by_side
 from wavg.plan import Plan
 from wavg.publish import AtomicFile
 from wavg.templates import Template
@@ -52,11 +52,12 @@ class FileSink:
         reference: Checkpoint | None,
     ) -> None:
         self._files = files
-        self._targets: dict[str, tuple[AtomicFile, Extent]] = {}
-        for file, template in zip(files, templates, strict=True):
+        self._places: dict[str, Extent] = {}
+        for number, (file, template) in enumerate(zip(files, templates, strict=True)):
             for name, spec in template.targets.items():
                 assert spec.extent is not None  # a target is a place
-                self._targets[name] = file, spec.extent
+                extent = spec.extent
+                self._places[name] = extent._replace(file=number) if number else extent
             file.resize(template.size)
             for offset, data in template.pieces:
                 file.write(data, offset)
@@ -67,17 +68,13 @@ class FileSink:
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
-        return name in self._targets
+        return name in self._places
 
     def joined(self, names: Sequence[str]) -> bool:
         """Do as `wavg.checkpoint.Sink.joined` says."""
-        places = [self._targets[name] for name in names]
-        return all(
-            left is right and a.offset + a.length == b.offset
-            for (left, a), (right, b) in itertools.pairwise(places)
-        )
+        return bool(side_by_side(extent_table([self._places[name] for name in names])).all())
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Do as `wavg.checkpoint.Sink.write` says."""
-        file, extent = self._targets[name]
-        file.write(values, extent.offset + start * values.itemsize)
+        extent = self._places[name]
+        self._files[extent.file].write(values, extent.offset + start * values.itemsize)

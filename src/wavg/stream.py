@@ -10,8 +10,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,9 @@ from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combination, Combiner, reads_files
 from wavg.plan import Decision, Plan
 from wavg.runs import Run, make_runs
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 __all__ = ["run"]
 
@@ -72,6 +74,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_single_blas_thread())
         if executor is None:
+            from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
+
             executor = stack.enter_context(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
@@ -86,7 +90,7 @@ def run(
             if progress is not None:
                 progress(outcome.bytes_read)
     firsts = [len(checkpoints) - len(plan.inputs) for plan in plans]
-    names = [decision.spec.name for decision in plan.decisions if decision.spec.name in newest]
+    names = [d.spec.name for d in plan.decisions if d.compare and d.spec.name in newest]
     return [tuple(name for name in names if newest[name] >= first) for first in firsts]
 
 
@@ -168,6 +172,8 @@ def _submit_all(
     executor: Executor, job: _Job, chunks: Iterator[list[_Average | _Carry]], workers: int
 ) -> Iterator[_Outcome]:
     """Keep the workers busy; whatever goes wrong, return only when none is at work."""
+    from concurrent.futures import FIRST_COMPLETED, wait
+
     pending: set[Future[_Outcome]] = set()
     try:
         while True:
@@ -208,7 +214,7 @@ class _Job:
         self, plans: Sequence[Plan], checkpoints: Sequence[Checkpoint], sinks: Sequence[Sink]
     ) -> None:
         self._plans, self._checkpoints, self._sinks = plans, checkpoints, sinks
-        self._options = plans[0].options
+        self._options, self._layouts = plans[0].options, plans[0].layouts
         matrix = np.zeros((len(plans), len(checkpoints)))
         for plan, row in zip(plans, matrix, strict=True):
             row[len(row) - len(plan.inputs) :] = plan.coefficients
@@ -271,10 +277,10 @@ class _Job:
                 self._combine_from_files(combiner, task, outs)
             else:
                 block = _view(buffer, (rows, count * parts), source.numpy)
-                for checkpoint, spec, row in zip(
-                    self._checkpoints, piece.sources, block, strict=True
+                for checkpoint, layout, row in zip(
+                    self._checkpoints, self._layouts, block, strict=True
                 ):
-                    checkpoint.read(spec, task.start, row.view(entry.numpy))
+                    checkpoint.read(piece.sources[layout], task.start, row.view(entry.numpy))
                 combiner(block, outs)
         except NonFiniteError as error:
             raise self._located(error, task, parts) from None
@@ -289,7 +295,8 @@ class _Job:
 
     def _combine_from_files(self, combiner: Combiner, task: _Average, outs: Array) -> None:
         """Have the kernel read the rows from where they lie."""
-        pairs = list(zip(self._checkpoints, task.run.sources, strict=True))
+        specs = [task.run.sources[layout] for layout in self._layouts]
+        pairs = list(zip(self._checkpoints, specs, strict=True))
         places = [checkpoint.place(spec, task.start) for checkpoint, spec in pairs]
         descriptors, offsets = zip(*places, strict=True)
         try:
@@ -341,7 +348,8 @@ class _Job:
         dtype = np.dtype(np.uint8) if entry.bits % 8 else entry.numpy
         size = (task.stop - task.start) * dtype.itemsize
         values = scratch.take(2 * size)[half * size : (half + 1) * size].view(dtype)
-        self._checkpoints[which].read(task.decision.sources[which], task.start, values)
+        spec = task.decision.sources[self._layouts[which]]
+        self._checkpoints[which].read(spec, task.start, values)
         return values
 
     def _refuse_difference(self, spec: TensorSpec, path: str) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import bisect
 import functools
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from wavg.checkpoint import Checksum, Extent, Index, TensorSpec, crc32
+from wavg.checkpoint import Checksum, Index, TensorSpec, crc32
+from wavg.extents import Extent, complement
 
-__all__ = ["Template", "can_patch_in_place", "complement", "in_place", "mend"]
+__all__ = ["Template", "can_patch_in_place", "in_place", "mend"]
 
 
 class Template(NamedTuple):
@@ -43,14 +43,13 @@ class Template(NamedTuple):
 
 
 def can_patch_in_place(index: Index, specs: Sequence[TensorSpec], keep_others: bool) -> bool:
-    """Whether the numbers of `specs` fit where those of the reference lie."""
-    originals = {spec.name: spec for spec in index.tensors}
+    """Whether the numbers of `specs` go where those of the reference lie.
+
+    A spec has an extent, the reference's, where they do; not where its dtype is another.
+    """
     return (
         (keep_others or not index.others)
-        and all(
-            originals[spec.name].extent is not None and originals[spec.name].dtype == spec.dtype
-            for spec in specs
-        )
+        and all(spec.extent is not None for spec in specs)
         and all(checksum.places for checksum in index.checksums)
     )
 
@@ -60,13 +59,12 @@ def in_place(index: Index, specs: Sequence[TensorSpec]) -> list[Template]:
 
     Every other byte is carried over; checksums of what was replaced are mended.
     """
-    chosen = {spec.name for spec in specs}
     templates = []
     for number, identity in enumerate(index.files):
         targets = {
             spec.name: spec
-            for spec in index.tensors
-            if spec.name in chosen and spec.extent is not None and spec.extent.file == number
+            for spec in specs
+            if spec.extent is not None and spec.extent.file == number
         }
         extents = [spec.extent for spec in targets.values() if spec.extent is not None]
         touched = _touched((c for c in index.checksums if c.extent.file == number), extents)
@@ -101,19 +99,3 @@ def mend(descriptor: int, checksums: Iterable[Checksum]) -> None:
         value = crc32(descriptor, checksum.extent).to_bytes(4, "little")
         for place in checksum.places:
             os.pwrite(descriptor, value, place)
-
-
-def complement(size: int, extents: Iterable[Extent]) -> list[tuple[Extent, int]]:
-    """Return what of a file's bytes lies outside the extents, as a template's `carry`.
-
-    >>> complement(10, [Extent(0, 2, 3), Extent(0, 8, 2)])
-    [(Extent(file=0, offset=0, length=2), 0), (Extent(file=0, offset=5, length=3), 5)]
-    """
-    carry, position = [], 0
-    for _, offset, length in sorted(extents, key=operator.itemgetter(1)):
-        if offset > position:
-            carry.append((Extent(0, position, offset - position), position))
-        position = max(position, offset + length)
-    if position < size:
-        carry.append((Extent(0, position, size - position), position))
-    return carry

@@ -11,8 +11,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from wavg.checkpoint import Extent, TensorSpec
+from wavg.checkpoint import TensorSpec
 from wavg.errors import OutputError
+from wavg.extents import Extent
 from wavg.formats.hdf5 import Source, is_group, members, opened
 from wavg.templates import Template
 
@@ -30,6 +31,7 @@ def create_dataset(path: str, group: Any, name: str, spec: TensorSpec, like: Any
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     else:
         properties = like.get_create_plist()
+    properties.set_obj_track_times(False)  # the same bytes whenever it is written
     try:
         parent = group.require_group(name.rpartition("/")[0]) if "/" in name else group
         identifier = h5py.h5d.create(

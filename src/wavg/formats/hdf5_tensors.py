@@ -19,11 +19,11 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Extent, Index, TensorSpec, identify
+from wavg.checkpoint import Index, TensorSpec, identify
 from wavg.dtypes import dtype_of, lookup
 from wavg.errors import CheckpointFormatError
+from wavg.extents import Extent, complement
 from wavg.formats.hdf5 import MOST_OBJECTS, Source, member, opened, texts
-from wavg.templates import complement
 
 __all__ = ["BlockReader", "Collector", "boxes", "same_layout", "signature"]
 

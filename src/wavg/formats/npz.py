@@ -16,9 +16,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Extent, Index, TensorSpec, identify
+from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.dtypes import dtype_of, lookup
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
+from wavg.extents import Extent
 from wavg.formats import zips
 from wavg.templates import Template, mend
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from wavg import errors
-from wavg.checkpoint import Extent, Index
+from wavg.checkpoint import Index
 from wavg.errors import CheckpointFormatError, MissingDependencyError, WavgError
+from wavg.extents import Extent
 
 __all__ = ["decode", "encode", "encode_error"]
 

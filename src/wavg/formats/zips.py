@@ -14,8 +14,9 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from wavg.checkpoint import Checksum, Extent
+from wavg.checkpoint import Checksum
 from wavg.errors import CheckpointFormatError, OutputError
+from wavg.extents import Extent
 
 __all__ = ["Layout", "Member", "NewMember", "bad_member", "is_safe", "lay_out", "read_members"]
 
