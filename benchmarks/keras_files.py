@@ -1,21 +1,21 @@
 """Ten checkpoints of a Keras model into one: against the copy limit, `load_model` and h5py.
 
-    python benchmarks/keras_files.py FOLDER [--repeats 9] [--small]
+    python benchmarks/keras_files.py FOLDER [--repeats 9] [--peers] [--small]
 
-FOLDER takes 20 GB; --small tries it all on a model of 2 MB and records nothing. Needs keras with
-JAX. The model has the Llama-shaped tensors of the other benchmarks in Dense layers, so that Keras
-itself writes, loads and predicts with it. Files are in the page cache, outputs are new files, and
-everything is timed in turns:
+FOLDER takes 20 GB, and --peers 12 GB of memory; --small tries it all on a model of 2 MB and records
+nothing. Needs keras with JAX. The model has the Llama-shaped tensors of the other benchmarks in
+Dense layers, so that Keras itself writes, loads and predicts with it. Files are in the page cache,
+outputs are new files, and everything is timed in turns:
 
 - in one process, for `.h5`, `.weights.h5`, `.keras` and the same tensors in `.safetensors`: the
   copy limit of these files (the same reads and the same write without arithmetic) and wavg;
 - whole processes, start-up included: `wavg average` of each form;
-- whole processes on `.h5`: `wavg average`; `load_model` of all ten, `np.average`, `set_weights`
-  and `save`, in Keras on JAX; and h5py, tensor by tensor, with a float64 sum, into a copy of the
-  newest file.
+- with --peers, whole processes on `.h5`: `wavg average`; `load_model` of all ten, `np.average`,
+  `set_weights` and `save`, in Keras on JAX; and h5py, tensor by tensor, with a float64 sum, into a
+  copy of the newest file.
 
 Every output is loaded by Keras, and its numbers compared, before a figure is reported. Writes
-results/keras.json.
+results/keras.json and results/keras_peers.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import sys
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from wavg.dtypes import lookup
 from wavg.exact import integer_mean
 
 COUNT = 10
-PAIRS = ((".h5", ".safetensors"), (".weights.h5", ".keras"))  # a pair fits the page cache
+PAIRS = ((".h5", ".safetensors"), (".weights.h5", ".keras"))  # 10 GB each, for the page cache
 FULL = {"width": 1024, "blocks": 8, "vocabulary": 16_000, "hidden": 2816}
 SMALL = {"width": 64, "blocks": 8, "vocabulary": 1000, "hidden": 176}
 
@@ -163,12 +164,20 @@ def average_command(paths: list[Path], output: Path) -> list[str]:
     return [sys.executable, "-m", "wavg", "average", *map(str, paths), "-o", str(output)]
 
 
-def in_turns(commands: dict[str, list[str]], output: Path, repeats: int) -> dict[str, dict]:
+def in_turns(
+    commands: dict[str, list[str]],
+    paths: list[Path],
+    output: Path,
+    repeats: int,
+    check: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict]:
     runs: dict[str, list] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, command in commands.items():
             output.unlink(missing_ok=True)
+            read_all(paths)  # other processes may have driven them out of the page cache
             runs[name].append(run_process(command))
+            check(name)
     return {
         name: {"seconds": [run[0] for run in done], "peak_bytes": max(run[1] for run in done)}
         for name, done in runs.items()
@@ -178,18 +187,24 @@ def in_turns(commands: dict[str, list[str]], output: Path, repeats: int) -> dict
 def forms(folder: Path, sizes: dict[str, int], repeats: int) -> dict:
     figures: dict = {}
     copy = folder / "copy.bin"
+
+    def warm(name: tuple[str, str]) -> None:
+        read_all(run_of(folder, name[1]))
+
     for pair in PAIRS:
         runs = {suffix: run_of(folder, suffix) for suffix in pair}
         outputs = {suffix: folder / f"average{suffix}" for suffix in pair}
         functions = {}
         for suffix, paths in runs.items():
-            read_all(paths)
             functions["copy limit", suffix] = partial(copy_limit, paths, [copy])
             functions["wavg", suffix] = partial(wavg.average_checkpoints, paths, outputs[suffix])
-        times = side_by_side(functions, repeats, [copy, *outputs.values()])
+        written = [copy, *outputs.values()]
+        times = side_by_side(functions, repeats, written, warm)
         for suffix, paths in runs.items():
             output = outputs[suffix]
-            process = in_turns({"wavg": average_command(paths, output)}, output, repeats)["wavg"]
+            process = in_turns({"wavg": average_command(paths, output)}, paths, output, repeats)[
+                "wavg"
+            ]
             if wrong_share(paths, output, sizes):
                 raise SystemExit(f"{output} is wrong; no figure is reported")
             output.unlink()
@@ -210,14 +225,16 @@ def peers(folder: Path, sizes: dict[str, int], repeats: int) -> dict:
         "load_model, np.average": [sys.executable, "-c", textwrap.dedent(LOAD_ALL), *names],
         "h5py": [sys.executable, "-c", textwrap.dedent(H5PY), *names],
     }
-    read_all(paths)
     wrong = {}
-    for name, command in commands.items():  # the warm-up
-        output.unlink(missing_ok=True)
-        run_process(command)
-        wrong[name] = wrong_share(paths, output, sizes)
-    figures = in_turns(commands, output, repeats)
+
+    def check(name: str) -> None:
+        if name not in wrong:
+            wrong[name] = wrong_share(paths, output, sizes)
+
+    figures = in_turns(commands, paths, output, repeats, check)
     output.unlink()
+    if wrong["wavg"]:
+        raise SystemExit(f"{output} is wrong; no figure is reported")
     for name, row in figures.items():
         row["wrong_share"] = wrong[name]
         faster = median(row["seconds"]) / median(figures["wavg"]["seconds"])
@@ -236,16 +253,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     sizes = SMALL if options.small else FULL
     print(*elsewhere(make, options.folder, sizes))
-    figures = {
-        "peers": peers(options.folder, sizes, min(3, options.repeats)),
-        "forms": forms(options.folder, sizes, options.repeats),
-    }
+    if options.peers:
+        name, figures = "keras_peers", peers(options.folder, sizes, min(3, options.repeats))
+    else:
+        name, figures = "keras", forms(options.folder, sizes, options.repeats)
     if not options.small:
-        record("keras", "warm", figures)
+        record(name, "warm", figures)
 
 
 if __name__ == "__main__":

@@ -139,13 +139,13 @@ def keras() -> str:
             f"`{suffix}` | {seconds(row['seconds']['copy limit'])} | "
             f"{seconds(row['seconds']['wavg'])} | {row['ratio']:.2f} | "
             f"{seconds(row['process']['seconds'])} | {row['process']['peak_bytes'] / 1e6:,.0f} MB"
-            for suffix, row in figures("keras")["forms"].items()
+            for suffix, row in figures("keras").items()
         ),
     )
 
 
 def keras_peers() -> str:
-    found = figures("keras")["peers"]
+    found = figures("keras_peers")
     ours = statistics.median(found["wavg"]["seconds"])
     return table(
         "| time | times wavg's | peak memory | not correctly rounded",
