@@ -299,12 +299,15 @@ def _of_policy(policy):
 
 def thousands(keras, count=2000):
     """So many layers, and names so long, that the legacy form has to split its lists of names."""
-    shared = {"use_bias": False}
-    stack = [
-        keras.layers.Dense(1, name=f"a_layer_with_quite_a_long_name_{i * 7919 % count}", **shared)
-        for i in range(count)
-    ]
-    return keras.Sequential([keras.Input((1,)), *stack])
+    inputs = keras.Input((1,))
+    ends = []
+    for branch in range(0, count, 50):  # one long chain exceeds Python's depth of recursion
+        x = inputs
+        for i in range(branch, branch + 50):
+            name = f"a_layer_with_quite_a_long_name_{i * 7919 % count}"
+            x = keras.layers.Dense(1, use_bias=False, name=name)(x)
+        ends.append(x)
+    return keras.Model(inputs, keras.layers.Add()(ends))
 
 
 # With an optimizer
@@ -313,8 +316,10 @@ def thousands(keras, count=2000):
 def _compiled(build, make_optimizer, name):
     def compiled(keras):
         model = build(keras)
-        model.compile(make_optimizer(keras), "categorical_crossentropy")
+        model.compile(make_optimizer(keras), "categorical_crossentropy", metrics=["accuracy"])
         model.optimizer.build(model.trainable_variables)
+        if not is_keras3(keras):  # makes the metrics, which tf_keras saves beside the model
+            model.test_on_batch(np.zeros((1, *model.input_shape[1:])), np.eye(3)[:1])
         return model
 
     compiled.__name__ = name
@@ -441,19 +446,22 @@ def make_run(keras, build, folder, forms, checkpoints=2):
     keras.backend.clear_session(**({"free_memory": False} if is_keras3(keras) else {}))
     with quickly_built(keras):
         run, rng = ZooRun(keras, build(keras)), np.random.default_rng(11)
-    for step in range(1, checkpoints + 1):
-        run.model.set_weights(weights_for(run.model, rng))
-        for variable in slots(run.model):
-            variable.assign(random_like(np.asarray(variable), rng, positive=True))
-        run.weights.append(run.model.get_weights())
-        run.slots.append([np.asarray(variable) for variable in slots(run.model)])
-        for form in [form for form in forms if form not in run.refused]:
+    for _ in range(checkpoints):
+        run.weights.append(weights_for(run.model, rng))
+        state = [np.asarray(variable) for variable in slots(run.model)]
+        run.slots.append([random_like(array, rng, positive=True) for array in state])
+    # The legacy form last: having saved it, Keras 3.15 has forgotten the optimizer's class.
+    for form in sorted(forms, key=lambda form: form == "h5"):
+        for step, (weights, state) in enumerate(zip(run.weights, run.slots, strict=True), 1):
+            run.model.set_weights(weights)
+            for variable, array in zip(slots(run.model), state, strict=True):
+                variable.assign(array)
             path = Path(folder, form, f"model_{step}{SUFFIX[form]}")
             path.parent.mkdir(exist_ok=True)
             try:
                 save(keras, run.model, str(path), form)
             except (NotImplementedError, TypeError, ValueError) as error:
                 run.refused[form] = error
-            else:
-                run.paths.setdefault(form, []).append(path)
+                break
+            run.paths.setdefault(form, []).append(path)
     return run

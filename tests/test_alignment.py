@@ -88,7 +88,7 @@ def test_shapes_and_numbers_are_checked_by_position_too(tmp_path, names, shapes,
 def test_dtypes_are_checked_by_position_too(tmp_path):
     wavg.save(tmp_path / "m_1.h5", {"x/a": np.float16([1])})
     wavg.save(tmp_path / "m_2.h5", {"y/a": np.float32([1])})
-    with pytest.raises(wavg.StructureMismatchError, match="float16.*not float32"):
+    with pytest.raises(wavg.StructureMismatchError, match=r"float16.*not float32"):
         wavg.average_checkpoints(f"{tmp_path}/m_*.h5", align="position")
 
 

@@ -87,7 +87,7 @@ def test_negative_weights_show_their_amplification(run):
 JSON_KEYS = {
     "output", "written", "weights", "inputs", "effective_number", "mean_age", "amplification",
     "averaged", "carried", "differing", "optimizer_tensors", "bytes_read", "bytes_written",
-    "projected_memory", "block", "workers",
+    "paired", "projected_memory", "block", "workers",
 }  # fmt: skip
 
 

@@ -123,6 +123,20 @@ BAD_SAFETENSORS = {
     "negative shape": ({"data": bytes(8)}, {"w": entry(shape=(-2,))}, "has the shape"),
     "fractional shape": ({"data": bytes(8)}, {"w": entry(shape=(2.0,))}, "has the shape"),
     "boolean shape": ({"data": bytes(4)}, {"w": entry(shape=(True,), offsets=(0, 4))}, "shape"),
+    "boolean shape, equal to one before": (
+        {"data": bytes(8)},
+        {"v": entry(shape=(1,), offsets=(0, 4)), "w": entry(shape=(True,), offsets=(4, 8))},
+        "'w' has the shape",
+    ),
+    "fractional offsets": ({"data": bytes(8)}, {"w": entry(offsets=(0.0, 8))}, "has the shape"),
+    "offsets beyond all files": (
+        {"data": bytes(8)},
+        {"w": entry(offsets=(2**63 - 16, 2**63 - 8))},
+        "has the shape",
+    ),
+    "an entry that is a list": ({"data": bytes(8)}, {"w": [1, 2, 3]}, "lacks dtype"),
+    "a field too many": ({"data": bytes(8)}, {"w": {**entry(), "more": 1}}, "or has more"),
+    "a dtype that is a list": ({"data": bytes(8)}, {"w": entry(["F32"])}, "unknown dtype"),
     "offsets the wrong way": ({"data": bytes(8)}, {"w": entry(offsets=(8, 0))}, "but has -8"),
     "missing field": ({"data": bytes(8)}, {"w": {"dtype": "F32", "shape": [2]}}, "lacks dtype"),
     "metadata of numbers": ({}, {"__metadata__": {"step": 3}}, "metadata"),
@@ -147,8 +161,9 @@ def test_unsound_safetensors_are_refused(tmp_path, case):
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         wavg.load(path)
     assert str(path) in str(caught.value)
-    # Of duplicate names the reference reader takes the last; it has no limit on dimensions.
-    if case not in ("duplicate names", "more dimensions than an array has"):
+    # Of duplicate names the reference reader takes the last; it has no limit on dimensions, and
+    # passes over fields it does not know.
+    if case not in ("duplicate names", "more dimensions than an array has", "a field too many"):
         with pytest.raises(safetensors.SafetensorError):
             safetensors.safe_open(path, "np")
 

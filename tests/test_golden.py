@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -11,28 +14,54 @@ import pytest
 import reference
 import wavg
 from wavg.weights import resolve
+from zoo_contract import assert_only_numbers_changed, changed_outside
 
 GOLDEN = Path(__file__).parent / "golden"
+SUFFIX = {
+    "kernels": ".weights.h5",
+    "tower": ".keras",
+    "attention": ".keras",
+    "shards": ".weights.json",
+}
+LEGACY = ("mlp", "cnn", "lstm", "normalization", "nested", "weights")
 FAMILIES = [
     f"{framework}_{family}"
     for framework in ("keras3", "tf_keras")
-    for family in ("mlp", "cnn", "lstm", "normalization", "nested", "weights")
-    if (framework, family) != ("keras3", "weights")  # it writes bare weights as .weights.h5 only
+    for family in (*LEGACY, *SUFFIX)
+    # Keras 3 writes bare weights as .weights.h5 only, and only Keras 3 writes shards.
+    if (framework, family) not in {("keras3", "weights"), ("tf_keras", "shards")}
 ]
 SCHEDULES = ["equal", "linear", "exponential:alpha=2"]
 HIDDEN = ["hidden/{}kernel{}", "hidden/{}bias{}", "classes/{}kernel{}", "classes/{}bias{}"]
 
 
 def stored(checkpoint, spec) -> bytes:
-    with open(checkpoint.path, "rb") as file:
+    with open(checkpoint.index.files[spec.extent.file].path, "rb") as file:
         file.seek(spec.extent.offset)
         return file.read(spec.extent.length)
 
 
+def suffix(family):
+    return SUFFIX.get(family.rpartition("_")[2], ".h5")
+
+
 def epochs(family):
-    paths = sorted(GOLDEN.glob(f"{family}_*.h5"))
+    paths = sorted(GOLDEN.glob(f"{family}_[0-9]{suffix(family)}"))
     assert len(paths) >= 2
     return paths
+
+
+def files_of(path):
+    """The HDF5 files that a checkpoint consists of, open: itself, an archive's member, shards."""
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            yield h5py.File(io.BytesIO(archive.read("model.weights.h5")))
+    elif path.suffix == ".json":
+        shards = json.loads(path.read_text("utf-8"))["weight_map"].values()
+        names = {name for one in shards for name in ([one] if isinstance(one, str) else one)}
+        yield from (h5py.File(path.with_name(name)) for name in sorted(names))
+    else:
+        yield h5py.File(path)
 
 
 def stored_weights(path):
@@ -66,21 +95,12 @@ def differing(ours, right):
     )
 
 
-def changed_outside(before, after, extents):
-    """Positions of bytes that changed although no extent covers them."""
-    assert len(before) == len(after)
-    changed = np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8)
-    for _, offset, length in extents:
-        changed[offset : offset + length] = False
-    return np.flatnonzero(changed).tolist()
-
-
 def structure(path, *, dtypes=True):
-    """Every group, dataset and attribute of an HDF5 file but those of the optimizer's state."""
+    """Every group, dataset and attribute of the HDF5 files but those of the optimizer's state."""
     found = {}
 
     def note(name, item):
-        if name.split("/")[0] == "optimizer_weights":
+        if name.split("/")[0] in ("optimizer_weights", "optimizer"):
             return
         found[name] = item.shape if isinstance(item, h5py.Dataset) else "group"
         if dtypes and isinstance(item, h5py.Dataset):
@@ -88,9 +108,10 @@ def structure(path, *, dtypes=True):
         for key, value in item.attrs.items():
             found[name, "attribute", key] = (item.attrs.get_id(key).dtype, np.array(value).tolist())
 
-    with h5py.File(path) as file:
-        note("", file)
-        file.visititems(note)
+    for file in files_of(path):
+        with file:
+            note("", file)
+            file.visititems(note)
     return found
 
 
@@ -100,9 +121,9 @@ def family(request):
 
 
 def test_every_golden_file_belongs_to_a_family():
-    known = {path.name for family in FAMILIES for path in epochs(family)}
-    assert {path.name for path in GOLDEN.glob("*.h5")} == known
-    assert all(path.stat().st_size < 60_000 for path in GOLDEN.glob("*.h5"))
+    known = {path.with_suffix(".npz").name for family in FAMILIES for path in epochs(family)}
+    assert {path.name for path in GOLDEN.glob("*.npz")} == known
+    assert all(path.stat().st_size < 65_000 for path in GOLDEN.iterdir())
 
 
 def test_load_equals_get_weights(family):
@@ -146,17 +167,10 @@ def test_arrays_are_the_exact_average(family, weights):
 
 @pytest.mark.parametrize("weights", SCHEDULES)
 def test_file_is_the_newest_with_only_the_averaged_bytes_replaced(family, weights, tmp_path):
-    paths, output = epochs(family), tmp_path / "average.h5"
+    paths, output = epochs(family), tmp_path / f"average{suffix(family)}"
     report = wavg.average_checkpoints(paths, output, weights=weights)
     assert differing(wavg.load(output), expected_average(paths, weights)) == []
-    averaged = {decision.spec.name for decision in report.plan.averaged}
-    with wavg.open_checkpoint(paths[-1]) as newest, wavg.open_checkpoint(output) as written:
-        assert newest.index.tensors == written.index.tensors  # extents included
-        assert newest.index.others == written.index.others
-        extents = [spec.extent for spec in newest.index.tensors if spec.name in averaged]
-    before, after = paths[-1].read_bytes(), output.read_bytes()
-    assert before != after
-    assert changed_outside(before, after, extents) == []
+    assert_only_numbers_changed(paths[-1], output, report)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +196,14 @@ def test_an_integer_count_is_carried_over_and_reported_if_it_differs(
 
 @pytest.mark.parametrize("weights", SCHEDULES)
 def test_dropping_the_optimizer_leaves_all_else(family, weights, tmp_path):
-    paths, output = epochs(family), tmp_path / "average.h5"
+    paths, output = epochs(family), tmp_path / f"average{suffix(family)}"
     wavg.average_checkpoints(paths, output, weights=weights, optimizer="drop")
     assert differing(wavg.load(output), expected_average(paths, weights)) == []
     assert structure(output) == structure(paths[-1])
+    with wavg.open_checkpoint(output) as written:
+        assert {spec.name.split("/")[0] for spec in written.index.others} <= {"metrics"}
+    if suffix(family) != ".h5":
+        return
     with h5py.File(output) as file, h5py.File(paths[-1]) as newest:
         assert "optimizer_weights" not in file
         if not family.endswith(("weights", "nested")):  # these were saved without an optimizer
@@ -198,7 +216,7 @@ def test_dropping_the_optimizer_leaves_all_else(family, weights, tmp_path):
 @pytest.mark.parametrize("optimizer", ["carry", "drop"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_another_dtype_is_rounded_to_once_and_keeps_the_layout(family, dtype, optimizer, tmp_path):
-    paths, output = epochs(family), tmp_path / "average.h5"
+    paths, output = epochs(family), tmp_path / f"average{suffix(family)}"
     wavg.average_checkpoints(
         paths, output, weights="exponential:alpha=2", dtype=dtype, optimizer=optimizer
     )
@@ -207,7 +225,11 @@ def test_another_dtype_is_rounded_to_once_and_keeps_the_layout(family, dtype, op
     assert {array.dtype.name for array in ours.values() if array.dtype.kind == "f"} == {dtype}
     assert structure(output, dtypes=False) == structure(paths[-1], dtypes=False)
     with wavg.open_checkpoint(output) as written, wavg.open_checkpoint(paths[-1]) as newest:
-        kept = newest.index.others if optimizer == "carry" else ()
+        kept = [
+            spec
+            for spec in newest.index.others
+            if optimizer == "carry" or spec.name.startswith("metrics/")
+        ]
         assert [spec._replace(extent=None) for spec in written.index.others] == [
             spec._replace(extent=None) for spec in kept
         ]
@@ -228,8 +250,8 @@ def test_helpers_see_planted_errors(tmp_path):
 
     data = path.read_bytes()
     with wavg.open_checkpoint(path) as checkpoint:
-        extents = [spec.extent for spec in checkpoint.index.tensors]
-    _, offset, length = min(extents, key=lambda extent: extent.offset)
+        extents = [spec.extent[1:] for spec in checkpoint.index.tensors]
+    offset, length = min(extents)
     for position, seen in [(offset - 1, True), (offset, False), (offset + length - 1, False)]:
         other = bytearray(data)
         other[position] ^= 1

@@ -240,6 +240,16 @@ def test_optimizers_of_any_name_and_metrics_are_not_the_models(tmp_path):
         assert [spec.name for spec in checkpoint.index.others] == others
 
 
+def test_quantised_kernels_beside_their_scales_are_refused(tmp_path):
+    codes = {"layers/dense/vars/0": np.int8([[1, 2]]), "layers/dense/vars/1": np.float32([1, 2])}
+    for step in (1, 2):
+        write_weights(f"{tmp_path}/m_{step}.weights.h5", model(step) | codes)
+    with pytest.raises(wavg.WavgError, match=r"vars/0 holds quantised codes \(int8\)"):
+        wavg.average_checkpoints(f"{tmp_path}/m_*.weights.h5")
+    averaged = wavg.average_checkpoints(f"{tmp_path}/m_*.weights.h5", exclude="layers/dense/*")
+    assert_same({name: averaged[name] for name in codes}, codes)
+
+
 # --- layouts and names ----------------------------------------------------------------------------
 
 
@@ -296,12 +306,16 @@ def test_an_archive_averages_into_a_weights_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.keras", "needs a model's configuration"), ("a.weights.json", "from sharded weights only")],
+    [("a.keras", "need a model's configuration"), ("a.weights.json", "need shards to follow")],
 )
 def test_what_needs_its_kind_of_input_says_so(tmp_path, name, message):
     paths = [weights_file(str(tmp_path), step) for step in (1, 2)]
     with pytest.raises(wavg.OutputError, match=message):
         wavg.average_checkpoints(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.plan_average(paths, tmp_path / name)
+    with pytest.raises(wavg.OutputError, match=message):
+        wavg.save(tmp_path / name, model(1))
     assert not list(tmp_path.glob("a.*"))
     assert not list(tmp_path.glob(".*"))
 

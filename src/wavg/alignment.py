@@ -5,7 +5,6 @@ Pure functions of indexes. Every difference is listed, not the first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -45,7 +44,7 @@ def align(
     """
     reference = indexes[-1]
     distinct = {id(index.tensors): index for index in reversed(indexes)}
-    numbers = dict(zip(distinct, itertools.count()))
+    numbers = {key: number for number, key in enumerate(distinct)}
     layouts = tuple(numbers[id(index.tensors)] for index in indexes)
     if len(distinct) == 1:
         return layouts, zip(reference.tensors)

@@ -28,6 +28,7 @@ from wavg.plan import MIB, Plan, parse_size
 __all__ = ["main"]
 
 _SHOWN_PAIRS = 60
+_STATISTICS = re.compile("running_mean|moving_mean|batch_normalization")
 _SHOWN = 12  # rows of a long list before the rest is counted
 _SHOWN_DIFFERENCES = 60
 
@@ -342,7 +343,10 @@ def _notes(
         given = [os.path.realpath(path) for path in options.inputs]
         if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
             yield "note: the inputs were put in order; weights go to the oldest first"
-    if any(re.search("running_mean|moving_mean", d.spec.name) for d in plan.averaged):
+    if any(
+        re.search("running_mean|moving_mean|batch_normalization", d.spec.name)
+        for d in plan.averaged
+    ):
         yield (
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"

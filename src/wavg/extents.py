@@ -25,9 +25,7 @@ class Extent(NamedTuple):
 
 def extent_table(extents: Sequence[Extent | None]) -> npt.NDArray[np.int64]:
     """Return extents as rows (file, offset, length); what has none comes last, beside nothing."""
-    if None in extents:
-        extents = [extent or _NOWHERE for extent in extents]
-    numbers = itertools.chain.from_iterable(extents)  # type: ignore[arg-type]
+    numbers = itertools.chain.from_iterable([extent or _NOWHERE for extent in extents])
     return np.fromiter(numbers, np.int64, 3 * len(extents)).reshape(-1, 3)
 
 

@@ -21,7 +21,14 @@ from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError, OutputExistsError
-from wavg.formats import Format, format_of_output, load_module, open_file, parts_of
+from wavg.formats import (
+    Format,
+    format_of_output,
+    load_module,
+    open_file,
+    parts_of,
+    refuse_new,
+)
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
@@ -291,7 +298,7 @@ def _write(
         outputs = []
         for plan, target in zip(plans, targets, strict=True):
             row = format_of_output(target, reference.index)
-            paths = parts_of(row, target, reference.index if plan.patches else None)
+            paths = parts_of(row, target, reference.index)
             if len(paths) > 1 and overwrite:
                 _refuse_replacing(paths)
             files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
@@ -473,7 +480,7 @@ def open_checkpoint(
         ``"bfloat16"`` declares unnamed two-byte values to be so.
     isolate
         Look into an HDF5 file in a process of its own, for files from strangers: one that crashes
-        the HDF5 library, or keeps it busy for more than 10 s, is then a `CheckpointFormatError`.
+        the HDF5 library, or keeps it busy for more than 30 s, is then a `CheckpointFormatError`.
         The process starts with the first such file, in some 0.2 s, and stays for the next ones.
 
     Returns
@@ -565,10 +572,11 @@ def save(
     # Not ascontiguousarray: it would make a zero-dimensional array one-dimensional.
     arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     specs = [_spec_of(target, name, array) for name, array in arrays.items()]
-    module = load_module(format_of_output(target).name)
+    row = format_of_output(target)
+    refuse_new(row, target)
     with AtomicFile(target, overwrite=overwrite) as file:
         with file.failures():
-            templates = module.create(specs, metadata or {}, [file.temporary])
+            templates = load_module(row.name).create(specs, metadata or {}, [file.temporary])
         output = _Output([file], templates, FileSink([file], templates, None))
         for name, array in arrays.items():
             if array.size:
@@ -602,7 +610,7 @@ def _allow_open_files(count: int) -> None:
         import resource
     except ImportError:  # pragma: no cover - Windows has no such limit
         return
-    needed = 2 * count + 64
+    needed = 64 * count + 64  # a checkpoint may be many files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -672,10 +680,13 @@ def _verify_checksums(
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
+    try:
         for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
             if tick is not None:
                 tick(size)
+    finally:
+        pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
 
 
 def _verify(checkpoints: Iterable[Checkpoint]) -> None:

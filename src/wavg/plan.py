@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from wavg.alignment import ALIGNMENTS, align
 from wavg.checkpoint import Index, TensorSpec
-from wavg.dtypes import DTYPES, lookup
+from wavg.dtypes import lookup
 from wavg.errors import MemoryBudgetError, WavgError
 from wavg.kernel import reads_files, scratch_bytes
+from wavg.quantised import refuse_quantised
 from wavg.weights import Figures, figures
 
 __all__ = [
@@ -95,7 +96,7 @@ class Decision(NamedTuple):
     reason
         Why it is carried over; empty for an averaged one.
     output
-        The tensor as it is to be written; without an extent where that cannot be in its place.
+        The tensor as it is to be written; one of another dtype has no extent yet.
     compare
         Whether the inputs' values are compared, and a difference reported.
     """
@@ -252,7 +253,8 @@ def make_plans(
     decisions, elements = _decide(reference, sources, options)
     if not any(kind.action == "average" for kind in elements):
         raise WavgError(f"{reference.path}: there is no tensor to average")
-    _refuse_quantised(reference, decisions)
+    averaged = (decision.spec.name for decision in decisions if decision.action == "average")
+    refuse_quantised(reference.path, reference.tensors, averaged)
     created = None if patches else output_format
     block, workers, projected = _fit(indexes, elements, options, created, len(weightings))
     keep_others = options.optimizer == "carry" and not in_memory and patches
@@ -362,42 +364,6 @@ def _check_patterns(reference: Index, options: Options) -> None:
                 f"the pattern {pattern!r} matches no tensor of {reference.path}; "
                 "`wavg inspect` shows their names"
             )
-
-
-def _refuse_quantised(reference: Index, decisions: Sequence[Decision]) -> None:
-    """Refuse codes beside scales: neither the mean of codes means anything, nor that of scales.
-
-    Where both are taken from the reference, as by `exclude`, they stay together and are fine.
-    """
-    codes = [
-        spec
-        for spec in reference.tensors
-        if spec.dtype in _NARROW or spec.name.endswith(_CODE_NAMES)
-    ]
-    actions = {decision.spec.name: decision.action for decision in decisions} if codes else {}
-    for spec in codes:
-        place = max(spec.name.rfind("."), spec.name.rfind("/")) + 1
-        if spec.dtype not in _NARROW and spec.name[place:] not in _CODE_NAMES:
-            continue
-        scales = [f"{spec.name}{suffix}" for suffix in _SCALE_SUFFIXES]
-        scales += [f"{spec.name[:place]}{name}" for name in _SCALE_NAMES]
-        found = next((name for name in scales if name in actions and name != spec.name), None)
-        if found is not None and "average" in (actions[spec.name], actions[found]):
-            raise WavgError(
-                f"{reference.path}: {spec.name} holds quantised codes ({spec.dtype}) with the "
-                f"scale {found}: their average has no meaning. Average the checkpoints before "
-                "they are quantised, or exclude both",
-                path=reference.path,
-                tensor=spec.name,
-            )
-
-
-_NARROW = {
-    entry.name for entry in DTYPES if entry.bits <= 8 and entry.kind in ("int", "float", "code")
-}
-_CODE_NAMES = ("qweight", "qzeros")
-_SCALE_SUFFIXES = ("_scale", "_scales", "_scale_inv", ".scale", ".absmax", ".SCB", "_absmax")
-_SCALE_NAMES = ("scale", "scales", "SCB", "weight_scb", "absmax")
 
 
 def _fit(

@@ -8,7 +8,8 @@ A format is a short module with three functions:
 - ``patch(reference, specs, keep_others, paths)`` → `list[Template]`: an output that is the
   reference with the numbers of `specs` replaced, where that cannot be done in place
   (`wavg.templates`).
-- ``create(specs, metadata, paths)`` → `list[Template]`: an output that holds just these tensors.
+- ``create(specs, metadata, paths)`` → `list[Template]`: an output that holds just these tensors,
+  unless the table says that it needs more.
 
 An output is one file, and the last two may write a skeleton to its path. Formats of several files
 have ``parts(output, index)``: the paths of an output after the reference of that index, first the
@@ -37,6 +38,7 @@ __all__ = [
     "load_module",
     "open_file",
     "parts_of",
+    "refuse_new",
 ]
 
 
@@ -45,6 +47,7 @@ class Format(NamedTuple):
 
     ``isolable``: its index is HDF5's business, and can be read in a process of its own.
     ``several``: an output is several files.
+    ``needs``: what only inputs of this format have, without which there is no output in it.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Format(NamedTuple):
     module: str
     isolable: bool = False
     several: bool = False
+    needs: str = ""
 
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -60,8 +64,23 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 FORMATS = (
     Format("keras-h5", (".h5", ".hdf5"), (_HDF5_MAGIC,), "wavg.formats.keras_h5", True),
     Format("keras-weights", (".weights.h5",), (), "wavg.formats.keras_weights", True),
-    Format("keras", (".keras",), (), "wavg.formats.keras_archive", True),
-    Format("keras-shards", (".weights.json",), (), "wavg.formats.keras_shards", True, True),
+    Format(
+        "keras",
+        (".keras",),
+        (),
+        "wavg.formats.keras_archive",
+        isolable=True,
+        needs="a model's configuration, which only .keras inputs have",
+    ),
+    Format(
+        "keras-shards",
+        (".weights.json",),
+        (),
+        "wavg.formats.keras_shards",
+        isolable=True,
+        several=True,
+        needs="shards to follow, which only .weights.json inputs have",
+    ),
     Format("safetensors", (".safetensors",), (), "wavg.formats.safetensors"),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
@@ -87,9 +106,9 @@ def _row(name: str) -> Format:
     return next(row for row in FORMATS if row.name == name)
 
 
-def parts_of(row: Format, output: str, index: Index | None) -> list[str]:
+def parts_of(row: Format, output: str, reference: Index) -> list[str]:
     """Return the paths of the files that an output consists of; the first names the others."""
-    parts: list[str] = load_module(row.name).parts(output, index) if row.several else [output]
+    parts: list[str] = load_module(row.name).parts(output, reference) if row.several else [output]
     return parts
 
 
@@ -148,20 +167,29 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
         kind = _recognised(path)
         why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
         raise OutputError(f"{path}: {why}; end the output's name with one of {known}", path=path)
-    if (
-        reference is None
-        or row.name == reference.format
-        or not {row.name, reference.format} <= _HDF5
-    ):
+    if reference is None or row.name == reference.format:
         return row
     own = _row(reference.format)
-    if _format_by_name(reference.path) is row:
-        return own
-    raise OutputError(
-        f"{path}: Keras loads what {reference.path} holds under a name that ends with "
-        f"{own.suffixes[0]} only; end the output's name so",
-        path=path,
-    )
+    if {row.name, own.name} == _HDF5:
+        if _format_by_name(reference.path) is row:
+            return own
+        raise OutputError(
+            f"{path}: Keras loads what {reference.path} holds under a name that ends with "
+            f"{own.suffixes[0]} only; end the output's name so",
+            path=path,
+        )
+    refuse_new(row, path)
+    return row
+
+
+def refuse_new(row: Format, path: str) -> None:
+    """Raise an error if an output cannot be made of tensors alone."""
+    if row.needs:
+        raise OutputError(
+            f"{path}: {row.suffixes[0]} files need {row.needs}; end the output's name otherwise, "
+            "with .weights.h5 for Keras' load_weights",
+            path=path,
+        )
 
 
 def ending_of(path: str) -> str:

@@ -53,14 +53,11 @@ class Source(NamedTuple):
             return self.size
         return max(0, os.path.getsize(self.path) - self.base)
 
-    def reader(self) -> Callable[[int, int], bytes]:
-        """Return a function that gives bytes at an offset, fewer at the end."""
-
-        def read(offset: int, size: int) -> bytes:
-            with open(self.path, "rb", buffering=0) as file:
-                return os.pread(file.fileno(), size, self.base + offset)
-
-        return read
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[int, int], bytes]]:
+        """Open it for a function that gives bytes at an offset, fewer at the end."""
+        with open(self.path, "rb", buffering=0) as file:
+            yield lambda offset, size: os.pread(file.fileno(), size, self.base + offset)
 
 
 class _Window(io.RawIOBase):
@@ -198,6 +195,8 @@ def texts(group: Any) -> dict[str, str]:
     """Return the attributes that are texts."""
     found = {}
     for key in group.attrs:
+        if not isinstance(key, str):
+            continue  # a name of bytes that are no UTF-8
         kind = group.attrs.get_id(key)
         if kind.shape == () and kind.dtype.kind in "OS":
             value = group.attrs[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -15,6 +15,7 @@ from wavg.checkpoint import TensorSpec
 from wavg.errors import OutputError
 from wavg.extents import Extent
 from wavg.formats.hdf5 import Source, is_group, members, opened
+from wavg.formats.hdf5_links import linked_order
 from wavg.templates import Template
 
 __all__ = ["create_dataset", "places", "rewrite", "runs"]
@@ -104,7 +105,7 @@ def rewrite(
     with opened(source) as old, opened(target, "w") as new:
         copy_attributes(old, new)
         datasets: dict[str, Any] = {}
-        for name, thing in members(source.path, old):
+        for name, thing in _as_linked(source, old):
             if name.split("/")[0] in drop:
                 continue
             if is_group(thing):
@@ -132,6 +133,16 @@ def rewrite(
     contiguous = {name: spec for name, spec in replaced.items() if name not in chunked}
     template = places(target, contiguous)
     return _with_chunks(target, template, chunked) if chunked else template
+
+
+def _as_linked(source: Source, file: Any) -> Iterable[tuple[str, Any]]:
+    """Return a file's members in the order of their creation, which tells that of the layers."""
+    found = list(members(source.path, file))
+    with source.reader() as read:
+        ranks = linked_order(read)
+    if ranks.keys() >= {name for name, _ in found}:
+        found.sort(key=lambda member: ranks[member[0]])
+    return found
 
 
 def _with_chunks(target: Source, template: Template, chunked: Mapping[str, TensorSpec]) -> Template:

@@ -30,6 +30,7 @@ __all__ = ["BlockReader", "Collector", "boxes", "same_layout", "signature"]
 Array = npt.NDArray[Any]
 
 _CHUNK_CACHE = 2 << 20  # of one input; where a row of chunks is larger, each is unpacked often
+_CHUNKS_AT_ONCE = 256  # read by one call: the library takes some 4 KB for each
 _COPY_BYTES = 1 << 20
 # deflate, shuffle, Fletcher's checksum, and h5py's lzf
 _FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
@@ -87,7 +88,7 @@ class Collector:
         chunk = math.prod(shape) * spec.entry.itemsize
         if chunk > 2 * max(spec.nbytes, _CHUNK_CACHE):
             raise self.bad(spec.name, f"is stored in chunks of {chunk:,} bytes, more than its own")
-        counts = [-(-size // width) for size, width in zip(spec.shape, shape, strict=True)]
+        counts = _counts(spec.shape, shape)
         expected, written = math.prod(counts), int(dataset.get_num_chunks())
         if expected != written or expected > MOST_OBJECTS:
             raise self.bad(spec.name, f"has {written:,} of its {expected:,} chunks")
@@ -135,6 +136,11 @@ class Collector:
             if extent.offset < end:
                 raise self.bad(name, f"shares its bytes with {before}")
             end, before = extent.offset + extent.length, name
+
+
+def _counts(shape: Sequence[int], chunk: Sequence[int]) -> list[int]:
+    """Return how many chunks there are along each axis."""
+    return [-(-size // width) for size, width in zip(shape, chunk, strict=True)]
 
 
 def _cache_bytes(chunk: int, row: int) -> int:
@@ -196,7 +202,7 @@ class BlockReader:
         self._file = self._stack.enter_context(opened(source))
         self._stored = stored(self._file)
         self._lock = threading.Lock()
-        self._name, self._dataset = "", None
+        self._name, self._dataset, self._rows = "", None, 1
 
     def read(self, spec: TensorSpec, start: int, out: Array) -> None:
         """Do as `wavg.checkpoint.BlockReader.read` says."""
@@ -208,9 +214,11 @@ class BlockReader:
                 dataset: Any = self._dataset
                 done = 0
                 for box in boxes(spec.shape, start, len(out)):
-                    values = np.asarray(dataset[box])
-                    out[done : done + values.size].view(values.dtype)[...] = values.reshape(-1)
-                    done += values.size
+                    for piece in _pieces(box, self._rows):
+                        shape = tuple(part.stop - part.start for part in piece)
+                        values = out[done : done + math.prod(shape)].view(dataset.dtype)
+                        dataset.read_direct(values.reshape(shape), piece)
+                        done += values.size
             except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
                 raise CheckpointFormatError(
                     f"{path}: {spec.name} cannot be read: {error}", path=path, tensor=spec.name
@@ -220,20 +228,30 @@ class BlockReader:
         dataset = member(self._source.path, self._file, self._stored[name])
         properties = dataset.get_create_plist()
         if properties.get_layout() != h5py.h5d.CHUNKED:
+            self._rows = MOST_OBJECTS
             return h5py.Dataset(dataset)
         shape = properties.get_chunk()
         chunk = math.prod(shape) * dataset.dtype.itemsize
-        row = chunk * math.prod(
-            -(-a // b) for a, b in zip(dataset.shape[1:], shape[1:], strict=True)
-        )
+        across = math.prod(_counts(dataset.shape, shape)[1:])
+        self._rows = shape[0] * max(1, _CHUNKS_AT_ONCE // across)
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        access.set_chunk_cache(521, _cache_bytes(chunk, row), 1.0)
+        access.set_chunk_cache(521, _cache_bytes(chunk, across * chunk), 1.0)
         name = self._stored[name]
         return h5py.Dataset(h5py.h5d.open(self._file.id, name.encode(), access))
 
     def close(self) -> None:
         """Do as `wavg.checkpoint.BlockReader.close` says."""
         self._stack.close()
+
+
+def _pieces(box: tuple[slice, ...], rows: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a box so that no piece is of more rows."""
+    if not box:
+        yield box
+        return
+    first, *rest = box
+    for start in range(first.start, first.stop, rows):
+        yield (slice(start, min(start + rows, first.stop)), *rest)
 
 
 def boxes(shape: tuple[int, ...], start: int, count: int) -> Iterator[tuple[slice, ...]]:

@@ -12,12 +12,12 @@ import zipfile
 from collections.abc import Mapping, Sequence
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
-from wavg.errors import CheckpointFormatError, OutputError
+from wavg.errors import CheckpointFormatError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_weights, zips
 from wavg.formats.hdf5 import Source
 from wavg.templates import Template, mend
 
-__all__ = ["block_reader", "create", "patch", "read_index"]
+__all__ = ["block_reader", "patch", "read_index"]
 
 _WEIGHTS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
 _LARGEST_TEXT = 64 << 20
@@ -93,7 +93,7 @@ def patch(
     source = _weights(index.path, {member.name: member for member in members})
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
-    drop = () if keep_others else keras_weights.others_of(index)
+    drop = () if keep_others else keras_weights.optimizers_of(index)
     place = [member.name for member in members].index(_WEIGHTS)
     size, base = source.length(), -1
     while True:
@@ -118,14 +118,3 @@ def _renewed(member: zips.Member, size: int) -> zips.NewMember:
         return zips.NewMember(member.name, size)
     crc = member.checksum.value
     return zips.NewMember(member.name, member.payload.length, member.method, member.length, crc)
-
-
-def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
-) -> list[Template]:
-    """Refuse: an archive has a model's configuration, which tensors alone do not tell."""
-    raise OutputError(
-        f"{paths[0]}: a .keras file needs a model's configuration, which only .keras inputs have; "
-        "end the output's name otherwise, with .weights.h5 for model.load_weights",
-        path=paths[0],
-    )

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
-from wavg.errors import CheckpointFormatError, OutputError
+from wavg.errors import CheckpointFormatError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
+from wavg.formats.keras_order import weights_order
 from wavg.templates import Template
 
-__all__ = ["create", "parts", "patch", "read_index", "renamed"]
+__all__ = ["parts", "patch", "read_index", "renamed"]
 
 _LARGEST_MAP = 10 << 20
 _MOST_SHARDS = 100_000
@@ -54,6 +55,8 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     for specs in (tensors, others):
         if len({spec.name for spec in specs}) != len(specs):
             raise _bad(path, "a tensor is in two shards")
+    # A layer around layers may continue in the next shard; only together can they be put in order.
+    tensors = [tensors[position] for position in weights_order([spec.name for spec in tensors])]
     return Index(
         "keras-shards",
         (identity, *(index.files[0] for index in indexes)),
@@ -103,14 +106,8 @@ def _shard(path: str, shard: str, opaque_dtype: str | None) -> Index:
         raise _bad(path, f"the shard {os.path.basename(shard)} is missing") from None
 
 
-def parts(output: str, index: Index | None) -> list[str]:
+def parts(output: str, index: Index) -> list[str]:
     """Return the paths of an output: the map, and as many shards as the reference has."""
-    if index is None:
-        raise OutputError(
-            f"{output}: sharded weights are written from sharded weights only; end the output's "
-            "name with .weights.h5",
-            path=output,
-        )
     base = output[: -len(_SUFFIX)]
     return [output, *(f"{base}_{number:05}.weights.h5" for number in range(len(index.files) - 1))]
 
@@ -125,7 +122,7 @@ def renamed(
         os.path.basename(old.path): os.path.basename(new)
         for old, new in zip(index.files[1:], paths[1:], strict=True)
     }
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     content["weight_map"] = {
         group: [names[name] for name in shards]
         for group, shards in _shards_by_group(reference.path, content).items()
@@ -146,17 +143,10 @@ def patch(
     """Write the shards anew, for other dtypes, or without the optimizer."""
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
-    drop = set() if keep_others else keras_weights.others_of(index)
+    drop = set() if keep_others else keras_weights.optimizers_of(index)
     templates = [Template(0, {})]  # the map is `renamed`'s
     for number, (old, new) in enumerate(zip(index.files[1:], paths[1:], strict=True), start=1):
         here = [s.name for s in index.tensors if s.extent is not None and s.extent.file == number]
         chosen = {name: replaced[name] for name in here if name in replaced}
         templates.append(hdf5_rewrite.rewrite(Source(old.path), Source(new), chosen, here, drop))
     return templates
-
-
-def create(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], paths: Sequence[str]
-) -> list[Template]:
-    """Refuse, as `parts` does."""
-    raise OutputError(f"{paths[0]}: sharded weights are not written anew", path=paths[0])

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import h5py
+
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors
@@ -24,14 +26,14 @@ __all__ = [
     "create",
     "index_of",
     "is_other",
-    "others_of",
+    "optimizers_of",
     "parsed",
     "patch",
     "read_index",
     "recognises",
 ]
 
-_OTHERS = re.compile(r"(.*_)?optimizer(_?\d+)?|metrics")
+_OPTIMIZER = re.compile(r"(.*_)?optimizer(_?\d+)?")
 _SUFFIX = ".weights.h5"
 
 
@@ -60,17 +62,21 @@ def index_of(
     file: Any,
     collector: hdf5_tensors.Collector,
     config: bytes = b"",
-    keras_version: str = "3",
+    keras_version: str = "",
 ) -> Index:
     """Return the index of an open file, its tensors in the order of ``get_weights()``.
 
     See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
-    one.
+    one. Without a version Keras 3 is known by the layers' names, which Keras 2 does not note.
     """
-    written = linked_order(source.reader())
+    with source.reader() as read:
+        written = linked_order(read)
     found = []
     for name, thing in hdf5.members(source.path, file):
-        if not hdf5.is_group(thing):
+        if hdf5.is_group(thing):
+            if not keras_version and h5py.h5a.exists(thing, b"name"):
+                keras_version = "3"
+        else:
             rank = written.get(name, hdf5.address(thing)) if written else hdf5.address(thing)
             found.append((rank, natural(name), collector.spec(name, thing)))
     collector.check()
@@ -88,7 +94,7 @@ def index_of(
             )
         tensors = [by_name[name] for name in names]
     else:
-        order = weights_order(names, parsed(config), keras_version=keras_version)
+        order = weights_order(names, parsed(config), keras_version=keras_version or "2")
         tensors = [tensors[position] for position in order]
     others = [spec for spec in specs if is_other(spec.name)]
     return Index(
@@ -121,12 +127,12 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def is_other(name: str) -> bool:
     """Whether a tensor belongs to an optimizer or a metric, and not to the model."""
     first, _, rest = name.partition("/")
-    return bool(rest) and _OTHERS.fullmatch(first) is not None
+    return bool(rest) and (first == "metrics" or _OPTIMIZER.fullmatch(first) is not None)
 
 
-def others_of(index: Index) -> set[str]:
-    """Return the members of the root that hold what is no part of the model."""
-    return {spec.name.partition("/")[0] for spec in index.others}
+def optimizers_of(index: Index) -> set[str]:
+    """Return the members of the root that hold optimizers; tf_keras cannot load without metrics."""
+    return {spec.name.partition("/")[0] for spec in index.others} - {"metrics"}
 
 
 def block_reader(index: Index) -> hdf5_tensors.BlockReader:
@@ -143,7 +149,7 @@ def patch(
     index = reference.index
     replaced = {spec.name: spec for spec in specs}
     order = [spec.name for spec in index.tensors]
-    drop = () if keep_others else others_of(index)
+    drop = () if keep_others else optimizers_of(index)
     return [hdf5_rewrite.rewrite(Source(index.path), Source(path), replaced, order, drop)]
 
 

@@ -116,29 +116,22 @@ def _specs(path: str, header: Mapping[str, Any], base: int) -> tuple[TensorSpec,
             raise _bad(path, f"{name!r} has the unknown dtype {code!r}", name)
         if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
             raise _bad(path, f"{name!r} has the shape {shape!r} and data_offsets {offsets!r}", name)
-        alike = (code, *shape)
-        layout = layouts.get(alike) or layouts.setdefault(alike, _layout(path, name, code, shape))
-        dtype, dimensions, length = layout
-        start, end = offsets
-        if end - start != length:
+        if len(shape) > _MOST_DIMENSIONS or not _is_text(name):
             raise _bad(
-                path, f"{name!r} is {code}{shape}, {length:,} bytes, but has {end - start}", name
+                path, f"a tensor has {len(shape)} dimensions or a name that is no text", name
             )
-        if not _is_text(name):
-            raise _bad(path, "a tensor has a name that is no text", name)
-        extent = _new(Extent, (0, base + start, length))
+        layout = layouts.get(alike := (code, *shape))
+        if layout is None:
+            kind = _BY_CODE[code]
+            layout = layouts[alike] = kind.name, tuple(shape), math.prod(shape) * kind.bits
+        dtype, dimensions, bits = layout
+        start, end = offsets
+        if 8 * (end - start) != bits:
+            size = f"{bits // 8:,}{' and a half' if bits % 8 else ''} bytes"
+            raise _bad(path, f"{name!r} is {code}{shape}, {size}, but has {end - start}", name)
+        extent = _new(Extent, (0, base + start, end - start))
         specs.append(_new(TensorSpec, (name, dtype, dimensions, extent, False)))
     return tuple(specs)
-
-
-def _layout(path: str, name: str, code: str, shape: list[int]) -> tuple[str, tuple[int, ...], int]:
-    """Return dtype, shape and bytes of all tensors that are like this one."""
-    if len(shape) > _MOST_DIMENSIONS:
-        raise _bad(path, f"{name!r} has {len(shape)} dimensions", name)
-    bits = math.prod(shape) * _BY_CODE[code].bits
-    if bits % 8:
-        raise _bad(path, f"{name!r} is {code}{shape}, {bits // 8:,} and a half bytes", name)
-    return _BY_CODE[code].name, tuple(shape), bits // 8
 
 
 def _is_text(name: str) -> bool:

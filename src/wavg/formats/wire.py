@@ -95,6 +95,10 @@ def _checked(path: str, index: Index) -> Index:
     for file, offset, length in _extents([getattr(index, name) for name in _hints(Index)]):
         if min(file, offset, length) < 0 or offset + length > index.files[file].size:
             raise ValueError("bytes outside of the file")
+    if len({spec.name for spec in index.tensors}) != len(index.tensors):
+        raise ValueError("two tensors of one name")
+    if index.reader_bytes < 0:
+        raise ValueError("less memory than none")
     for checksum in index.checksums:
         size = index.files[checksum.extent.file].size
         if not all(0 <= place <= size - 4 for place in checksum.places):
