@@ -292,7 +292,7 @@ def main() -> None:
                 recipes.append({"by": name, "does": outcomes[name], **smallest._asdict()})
                 options.recipes.write_text(json.dumps(recipes, indent=1) + "\n")
         elif outcomes["isolated"] != outcomes["index"]:
-            disagreeing.append([number, outcomes, message[:200]])
+            disagreeing.append([number, outcomes, message.removeprefix(f"{path}: ")[:200]])
         if number % GOOD_EVERY == 0:
             spoilt += reader.read_index(MODULES[base.format], str(base.path)) != base.index
     for sacrifice in (*plain.values(), patient):

@@ -48,7 +48,10 @@ MAY_IMPORT = {
     "formats": "checkpoint extents publish templates errors",
     "inputs": "formats errors",
     "grid": "errors formats inputs weights",
-    "files": "checkpoint errors formats grid inputs plan publish sinks stream templates weights",
+    "opening": "checkpoint errors formats",
+    "outputs": "checkpoint errors formats opening plan publish sinks templates",
+    "files": "checkpoint errors formats grid inputs opening outputs plan publish sinks stream "
+    "weights",
     "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+from pathlib import Path
 
 import h5py
 import ml_dtypes
@@ -16,8 +17,9 @@ import pytest
 import wavg
 from contract import FormatContract, assert_same, read_bytes, smallest_budget
 from wavg import CheckpointFormatError
-from wavg.formats import zips
+from wavg.formats import hdf5, zips
 
+GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.weights.h5"
 STATE = {
     "layers/dense/vars/0": (3, 4),
@@ -280,11 +282,25 @@ def test_a_layout_that_differs_in_one_byte_is_parsed_again(tmp_path):
         wavg.average_checkpoints(paths)
 
 
-def test_an_output_named_as_keras_would_not_load_it_is_refused(tmp_path):
-    paths = [weights_file(str(tmp_path), step) for step in (1, 2)]
-    with pytest.raises(wavg.OutputError, match=r"ends with \.weights\.h5 only"):
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("weights", r"end it with \.weights\.h5"),
+        ("archive", r"end it with \.keras or \.weights\.h5"),
+        ("shards", r"end it with \.weights\.json or \.weights\.h5"),
+    ],
+)
+def test_an_output_named_as_keras_would_not_load_it_is_refused(tmp_path, kind, advice):
+    paths = [MAKE[kind](str(tmp_path), step) for step in (1, 2)]
+    with pytest.raises(wavg.OutputError, match=advice):
         wavg.average_checkpoints(paths, tmp_path / "average.h5")
     assert not os.path.exists(tmp_path / "average.h5")
+
+
+def test_a_legacy_file_is_refused_the_name_of_keras_3s_weights(tmp_path):
+    wavg.save(tmp_path / "m.h5", {"dense/kernel": np.float32([1])})
+    with pytest.raises(wavg.OutputError, match=r"end it with \.h5"):
+        wavg.average_checkpoints([tmp_path / "m.h5"], tmp_path / "average.weights.h5")
 
 
 def test_legacy_weights_named_weights_h5_stay_what_they_are(tmp_path):
@@ -332,6 +348,14 @@ def test_the_attribute_of_bfloat16_is_understood(tmp_path):
             "bfloat16"
         )
     assert_same(wavg.load(tmp_path / "m.weights.h5"), {"layers/dense/vars/0": values})
+
+
+def test_an_attribute_of_no_known_dtype_is_a_format_error(tmp_path):
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        dataset = file.create_dataset("layers/dense/vars/0", data=np.zeros(2, "V2"))
+        dataset.attrs["dtype"] = "float1"
+    with pytest.raises(CheckpointFormatError, match=r"vars/0 calls itself.*'float1'"):
+        wavg.load(tmp_path / "m.weights.h5")
 
 
 # --- chunks ---------------------------------------------------------------------------------------
@@ -722,3 +746,29 @@ def test_an_archive_of_very_many_members_is_laid_out_as_zips_are(tmp_path):
     wavg.save(path, tensors)
     with zipfile.ZipFile(path) as zipped:
         assert len(zipped.namelist()) == len(tensors)
+
+
+@pytest.mark.parametrize(("offset", "byte"), [(5442, 0xBF), (35369, 0x4E)])
+def test_an_address_where_no_file_can_have_bytes_is_a_format_error(tmp_path, offset, byte):
+    data = bytearray((GOLDEN / "tf_keras_attention_1.keras").read_bytes())
+    data[offset] = byte  # the highest byte but one of an address
+    path = tmp_path / "m.keras"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointFormatError, match=r"not a sound HDF5 file|CRC-32"):
+        wavg.load(path)
+
+
+def test_what_lies_beyond_the_end_of_an_archives_weights_is_zeros(tmp_path):
+    (tmp_path / "m").write_bytes(b"..weights..")
+    with open(tmp_path / "m", "rb", buffering=0) as file:
+        window = hdf5._Window(file, 2, 7)
+        for position, expected in (
+            (0, b"weig"),
+            (5, b"ts\0\0"),
+            (7, bytes(4)),
+            (1 << 63, bytes(4)),
+        ):
+            buffer = bytearray(b"####")
+            window.seek(position)
+            assert window.readinto(buffer) == len(expected.rstrip(b"\0"))
+            assert buffer == expected

@@ -6,35 +6,27 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from wavg import stream
+from wavg import outputs, stream
 from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
-from wavg.errors import OutputError, OutputExistsError
-from wavg.formats import (
-    Format,
-    format_of_output,
-    load_module,
-    open_file,
-    parts_of,
-    refuse_new,
-)
+from wavg.errors import OutputError
+from wavg.formats import format_of_output, open_file
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
+from wavg.opening import opened, uncollected, verify_checksums, verify_unchanged
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
-from wavg.publish import AtomicFile, refuse_existing
-from wavg.sinks import FileSink, MemorySink
-from wavg.templates import Template, can_patch_in_place, in_place
+from wavg.publish import refuse_existing
+from wavg.sinks import MemorySink
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -269,14 +261,14 @@ def average_checkpoints(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite)
-    with _opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
+    with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
         with _progress_bar(plans[0], progress) as tick:
-            _verify_checksums(checkpoints, plans[0].workers, tick)
+            verify_checksums(checkpoints, plans[0].workers, tick)
             if not targets:
                 memory = [MemorySink(plan) for plan in plans]
                 stream.run(plans, checkpoints, memory, executor=executor, progress=tick)
-                _verify(checkpoints)
+                verify_unchanged(checkpoints)
                 results = [sink.arrays() for sink in memory]
                 return results if grid.many else results[0]
             differing = _write(plans, checkpoints, targets, overwrite, executor, tick)
@@ -293,97 +285,21 @@ def _write(
     tick: Callable[[int], object] | None,
 ) -> list[tuple[str, ...]]:
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
-    reference = checkpoints[-1]
     with contextlib.ExitStack() as stack:
-        outputs = []
-        for plan, target in zip(plans, targets, strict=True):
-            row = format_of_output(target, reference.index)
-            paths = parts_of(row, target, reference.index)
-            if len(paths) > 1 and overwrite:
-                _refuse_replacing(paths)
-            files = [stack.enter_context(AtomicFile(path, overwrite=overwrite)) for path in paths]
-            with _failures(files), _uncollected():
-                templates = _templates(row, plan, reference, files)
-            outputs.append(_Output(files, templates, FileSink(files, templates, reference)))
-        sinks = [output.sink for output in outputs]
+        made = [
+            stack.enter_context(outputs.planned(plan, checkpoints[-1], target, overwrite=overwrite))
+            for plan, target in zip(plans, targets, strict=True)
+        ]
+        sinks = [output.sink for output in made]
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
-        for output in outputs:
+        for output in made:
             output.finish()
-        _verify(checkpoints)
-        for output in outputs:
-            for file in output.files:
-                file.sync()
-                refuse_existing(file.path, overwrite)
-        for output in outputs:
+        verify_unchanged(checkpoints)
+        for output in made:
+            output.sync(overwrite=overwrite)
+        for output in made:
             output.commit()
     return differing
-
-
-class _Output(NamedTuple):
-    """The files of one average in the making; the first names the others, and appears last."""
-
-    files: list[AtomicFile]
-    templates: list[Template]
-    sink: FileSink
-
-    def finish(self) -> None:
-        for template, file in zip(self.templates, self.files, strict=True):
-            if template.finish is not None:
-                with file.failures():
-                    template.finish(file.descriptor)
-
-    def commit(self) -> None:
-        done: list[AtomicFile] = []
-        try:
-            for file in reversed(self.files):
-                file.commit()
-                done.append(file)
-        except BaseException:
-            for file in done:  # without the file that names them they are nothing
-                file.withdraw()
-            raise
-
-
-def _refuse_replacing(paths: Sequence[str]) -> None:
-    """Refuse to replace one of several files after the other: between, they would not match."""
-    for path in paths:
-        if os.path.lexists(path):
-            raise OutputExistsError(
-                f"{path} exists, and an output of {len(paths)} files cannot be replaced at one "
-                "instant; remove it, or choose another output",
-                path=path,
-            )
-
-
-@contextlib.contextmanager
-def _failures(files: Sequence[AtomicFile]) -> Iterator[None]:
-    """Have failures in making any of the files name where they were to appear."""
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            stack.enter_context(file.failures())
-        yield
-
-
-def _templates(
-    row: Format, plan: Plan, reference: Checkpoint, files: Sequence[AtomicFile]
-) -> list[Template]:
-    averaged = [decision.output for decision in plan.averaged]
-    paths = [file.temporary for file in files]
-    templates: list[Template]
-    if not plan.patches:
-        everything = [decision.output._replace(extent=None) for decision in plan.decisions]
-        templates = load_module(row.name).create(everything, {}, paths)
-        return templates
-    if can_patch_in_place(reference.index, averaged, plan.keep_others):
-        templates = in_place(reference.index, averaged)
-    else:
-        module = load_module(row.name)
-        templates = module.patch(reference, averaged, plan.keep_others, paths)
-    if row.several:
-        names = [file.path for file in files]
-        module = load_module(row.name)
-        templates[0] = module.renamed(reference, averaged, plan.keep_others, names)
-    return templates
 
 
 class OnePlan(PlanOptions, total=False):
@@ -462,7 +378,7 @@ def plan_average(
     targets = grid.outputs(output, len(paths))
     for target in targets:
         refuse_existing(target, overwrite=True)  # a folder that is missing is told now
-    with _opened(paths, opaque_dtype, isolate) as checkpoints:
+    with opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, all_steps, grid, targets, options)
     return plans if grid.many else plans[0]
 
@@ -503,10 +419,10 @@ def open_checkpoint(
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    with _uncollected():
+    with uncollected():
         checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
     try:
-        _verify_checksums([checkpoint], _available_cores())
+        verify_checksums([checkpoint], _available_cores())
     except BaseException:
         checkpoint.close()
         raise
@@ -572,12 +488,7 @@ def save(
     # Not ascontiguousarray: it would make a zero-dimensional array one-dimensional.
     arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     specs = [_spec_of(target, name, array) for name, array in arrays.items()]
-    row = format_of_output(target)
-    refuse_new(row, target)
-    with AtomicFile(target, overwrite=overwrite) as file:
-        with file.failures():
-            templates = load_module(row.name).create(specs, metadata or {}, [file.temporary])
-        output = _Output([file], templates, FileSink([file], templates, None))
+    with outputs.new(target, specs, metadata or {}, overwrite=overwrite) as output:
         for name, array in arrays.items():
             if array.size:
                 output.sink.write(name, 0, array.reshape(-1))
@@ -604,47 +515,6 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _allow_open_files(count: int) -> None:
-    """Raise this process's limit on open files where so many inputs need it and it is allowed."""
-    try:
-        import resource
-    except ImportError:  # pragma: no cover - Windows has no such limit
-        return
-    needed = 64 * count + 64  # a checkpoint may be many files
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < needed:
-        ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, ceiling), hard))
-
-
-@contextlib.contextmanager
-def _opened(
-    paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
-) -> Iterator[list[Checkpoint]]:
-    _allow_open_files(len(paths) + outputs)
-    with contextlib.ExitStack() as stack:
-        checkpoints: list[Checkpoint] = []
-        with _uncollected():
-            for path in paths:
-                like = checkpoints[-1].index if checkpoints else None
-                opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
-                checkpoints.append(stack.enter_context(opened))
-        yield checkpoints
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector while very many small objects appear, none of them garbage."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _plans(
     checkpoints: Sequence[Checkpoint],
     steps: tuple[float, ...],
@@ -660,7 +530,7 @@ def _plans(
     ]
     reference = checkpoints[-1].index
     created = format_of_output(targets[0], reference) if targets else None
-    with _uncollected():
+    with uncollected():
         return make_plans(
             [checkpoint.index for checkpoint in checkpoints],
             steps,
@@ -669,29 +539,6 @@ def _plans(
             patches=created is not None and created.name == reference.format,
             output_format=created.name if created else None,
         )
-
-
-def _verify_checksums(
-    checkpoints: Iterable[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
-) -> None:
-    """Compare what files record of their own bytes with these, several at a time."""
-    pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
-    if not pairs:
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
-    try:
-        for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
-            if tick is not None:
-                tick(size)
-    finally:
-        pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
-
-
-def _verify(checkpoints: Iterable[Checkpoint]) -> None:
-    for checkpoint in checkpoints:
-        checkpoint.verify_unchanged()
 
 
 @contextlib.contextmanager

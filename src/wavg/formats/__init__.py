@@ -85,6 +85,7 @@ FORMATS = (
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )
 _HDF5 = {"keras-h5", "keras-weights"}  # what the same ending, .h5, may stand for
+_KERAS_3 = {"keras-weights", "keras", "keras-shards"}
 _KERAS_MEMBERS = (b"metadata.json", b"config.json", b"model.weights.h5")
 
 # Known by name, and not read by this version: said plainly, rather than "unknown".
@@ -158,8 +159,8 @@ def is_checkpoint_name(path: str) -> bool:
 def format_of_output(path: str, reference: Index | None = None) -> Format:
     """Return the format of an output: the one its name asks for.
 
-    Two layouts of Keras are HDF5 files: an output after a `reference` in one of them is refused
-    the name of the other, unless the reference has such a name itself.
+    Keras tells its layouts by name: an output after a `reference` in one of them is refused the
+    name of another that Keras would not load, unless the reference has such a name itself.
     """
     row = _format_by_name(path)
     if row is None:
@@ -170,12 +171,13 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
     if reference is None or row.name == reference.format:
         return row
     own = _row(reference.format)
-    if {row.name, own.name} == _HDF5:
-        if _format_by_name(reference.path) is row:
-            return own
+    if {row.name, own.name} == _HDF5 and _format_by_name(reference.path) is row:
+        return own
+    if {row.name, own.name} == _HDF5 or (row.name == "keras-h5" and own.name in _KERAS_3):
+        endings = dict.fromkeys((own.suffixes[0], *[".weights.h5"] * bool(own.needs)))
         raise OutputError(
-            f"{path}: Keras loads what {reference.path} holds under a name that ends with "
-            f"{own.suffixes[0]} only; end the output's name so",
+            f"{path}: Keras would not load what {reference.path} holds under this name; "
+            f"end it with {' or '.join(endings)}",
             path=path,
         )
     refuse_new(row, path)

@@ -86,8 +86,11 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._size - self._position))
-        self._file.seek(self._base + self._position)
-        count = self._file.readinto(view[:wanted])  # type: ignore[attr-defined]
+        count = 0
+        if wanted:  # else it may lie where no file can
+            self._file.seek(self._base + self._position)
+            count = self._file.readinto(view[:wanted])  # type: ignore[attr-defined]
+        view[count:] = bytes(len(view) - count)  # as HDF5's own driver: h5py does not look at count
         self._position += count
         return int(count)
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from wavg.checkpoint import Index, TensorSpec, identify
 from wavg.dtypes import dtype_of, lookup
-from wavg.errors import CheckpointFormatError
+from wavg.errors import CheckpointFormatError, WavgError
 from wavg.extents import Extent, complement
 from wavg.formats.hdf5 import MOST_OBJECTS, Source, member, opened, texts
 
@@ -116,7 +116,10 @@ class Collector:
     def _opaque(self, name: str, dataset: Any, dtype: np.dtype[Any]) -> str:
         label = texts(h5py.Dataset(dataset)).get("dtype", self._opaque_dtype)
         if label is not None:
-            entry = lookup(label)
+            try:
+                entry = lookup(label)
+            except WavgError as error:
+                raise self.bad(name, f"calls itself what it cannot be: {error}") from None
             if entry.itemsize == dtype.itemsize and entry.bits % 8 == 0:
                 return entry.name
         raise self.bad(

@@ -1,0 +1,78 @@
+"""Inputs opened and verified: several together, and files for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from wavg.checkpoint import Checkpoint
+from wavg.formats import open_file
+
+__all__ = ["opened", "uncollected", "verify_checksums", "verify_unchanged"]
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit on open files where so many inputs need it and it is allowed."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows has no such limit
+        return
+    needed = 64 * count + 64  # a checkpoint may be many files
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, ceiling), hard))
+
+
+@contextlib.contextmanager
+def opened(
+    paths: Sequence[str], opaque_dtype: str | None, isolate: bool, outputs: int = 1
+) -> Iterator[list[Checkpoint]]:
+    """Open checkpoints, oldest first, so that those of one layout share what they can."""
+    _allow_open_files(len(paths) + outputs)
+    with contextlib.ExitStack() as stack:
+        checkpoints: list[Checkpoint] = []
+        with uncollected():
+            for path in paths:
+                like = checkpoints[-1].index if checkpoints else None
+                opened = open_file(path, opaque_dtype=opaque_dtype, like=like, isolate=isolate)
+                checkpoints.append(stack.enter_context(opened))
+        yield checkpoints
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Hold the garbage collector while very many small objects appear, none of them garbage."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def verify_checksums(
+    checkpoints: Iterable[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
+) -> None:
+    """Compare what files record of their own bytes with these, several at a time."""
+    pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
+    if not pairs:
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
+    try:
+        for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
+            if tick is not None:
+                tick(size)
+    finally:
+        pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
+
+
+def verify_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raise `CheckpointChangedError` unless all inputs are what they were when opened."""
+    for checkpoint in checkpoints:
+        checkpoint.verify_unchanged()
