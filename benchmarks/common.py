@@ -93,18 +93,22 @@ def time_once(function: Callable[[], object]) -> float:
 
 
 def side_by_side(
-    functions: dict[str, Callable[[], object]], repeats: int, outputs: Sequence[Path]
+    functions: dict[str, Callable[[], object]],
+    repeats: int,
+    outputs: Sequence[Path],
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list]:
     """Time functions in turns after one warm-up each, so that a slow minute hits all of them.
 
     The outputs are removed before each, so that all write new files: to free an old one's pages, or
-    to write into them, is no part of the figure.
+    to write into them, is no part of the figure. Nor is what `before` does.
     """
     times: dict[str, list] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
             for output in outputs:
                 output.unlink(missing_ok=True)
+            before(name)
             seconds = time_once(function)
             if turn:
                 times[name].append(seconds)
@@ -163,7 +167,17 @@ def machine(cache: str) -> dict:
     """Return what a figure depends on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    packages = ("wavg", "numpy", "safetensors", "h5py", "ml_dtypes", "torch", "mergekit")
+    packages = (
+        "wavg",
+        "numpy",
+        "safetensors",
+        "h5py",
+        "ml_dtypes",
+        "torch",
+        "mergekit",
+        "keras",
+        "jax",
+    )
     installed = {
         found.metadata["Name"].lower(): found.version for found in metadata.distributions()
     }

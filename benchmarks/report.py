@@ -1,4 +1,4 @@
-"""Put the recorded figures into docs/performance.md and docs/memory.md, and draw the plot.
+"""Put the recorded figures into the pages of docs that have tables of them, and draw the plot.
 
     python benchmarks/report.py [--check]
 
@@ -18,9 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "memory.md")
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "keras"))
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
+AGAIN = ", measured again"
 
 
 def figures(name: str) -> dict:
@@ -131,6 +132,44 @@ def breakdown() -> str:
     return table(f"| first step | wall | {' | '.join(names)}", rows())
 
 
+def keras() -> str:
+    return table(
+        "| copy limit | wavg | ratio of the medians | as a process | peak memory",
+        (
+            f"`{suffix}` | {seconds(row['seconds']['copy limit'])} | "
+            f"{seconds(row['seconds']['wavg'])} | {row['ratio']:.2f} | "
+            f"{seconds(row['process']['seconds'])} | {row['process']['peak_bytes'] / 1e6:,.0f} MB"
+            for suffix, row in figures("keras").items()
+        ),
+    )
+
+
+def keras_peers() -> str:
+    found = figures("keras_peers")
+    ours = statistics.median(found["wavg"]["seconds"])
+    return table(
+        "| time | times wavg's | peak memory | not correctly rounded",
+        (
+            f"{name} | {seconds(row['seconds'])} | "
+            f"{statistics.median(row['seconds']) / ours:.1f} | "
+            f"{row['peak_bytes'] / 1e6:,.0f} MB | {row['wrong_share']:.1%}"
+            for name, row in found.items()
+        ),
+    )
+
+
+def batchnorm() -> str:
+    names = [f"{x}{y}" for x in ("newest checkpoint", "average of 5") for y in ("", AGAIN)]
+
+    def rows() -> Iterator[str]:
+        for found in figures("batchnorm"):
+            scores = [found["scores"][name]["accuracy"] for name in names]
+            shown = " | ".join(f"{statistics.mean(accuracies):.1%}" for accuracies in scores)
+            yield f"{found['way']} | {24 * found['epochs']:,} | {shown}"
+
+    return table(f"| steps | {' | '.join(names)}", rows())
+
+
 def memory() -> str:
     def size(count: float) -> str:
         return f"{count / 1e9:g} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
@@ -147,7 +186,20 @@ def memory() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
-    for made in (machine, warm, cold, peers, outputs, tensors, index, breakdown, memory)
+    for made in (
+        machine,
+        warm,
+        cold,
+        peers,
+        keras,
+        keras_peers,
+        outputs,
+        tensors,
+        index,
+        breakdown,
+        batchnorm,
+        memory,
+    )
 }
 
 

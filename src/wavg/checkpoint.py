@@ -11,7 +11,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -214,7 +214,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             raise
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Checkpoint, (self.index, self._make_block_reader)  # opened anew where it arrives
+        index = replace(self.index, signature=b"")  # may be long, and is of no use there
+        return Checkpoint, (index, self._make_block_reader)  # opened anew where it arrives
 
     @property
     def path(self) -> str:

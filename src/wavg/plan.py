@@ -6,7 +6,6 @@ Pure functions from indexes and options to a frozen `Plan`. It touches no file.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -316,6 +315,10 @@ class _Kind:
     target: str
     compare: bool
 
+    def output(self, spec: TensorSpec) -> TensorSpec:
+        """Return a tensor as it is to be written."""
+        return spec._replace(dtype=self.target, extent=None)
+
 
 def _decide(
     reference: Index, sources: Iterable[tuple[TensorSpec, ...]], options: Options
@@ -323,28 +326,29 @@ def _decide(
     """Return what happens to each tensor, and the elements of each kind in all."""
     kinds = _kinds(reference, options)
     elements = dict.fromkeys(kinds, 0)
-    for kind, shape in zip(kinds, [spec.shape for spec in reference.tensors], strict=True):
-        elements[kind] += math.prod(shape)
-    decisions = [
-        Decision(
-            spec,
-            found,
-            kind.action,
-            kind.reason,
-            spec if kind.target == kind.source else spec._replace(dtype=kind.target, extent=None),
-            kind.compare,
-        )
-        for kind, spec, found in zip(kinds, reference.tensors, sources, strict=True)
-    ]
+    for kind, count in zip(
+        kinds, map(math.prod, [s.shape for s in reference.tensors]), strict=True
+    ):
+        elements[kind] += count
+    decisions = []
+    for kind, spec, found in zip(kinds, reference.tensors, sources, strict=True):
+        output = spec if kind.target == kind.source else kind.output(spec)
+        parts = spec, found, kind.action, kind.reason, output, kind.compare
+        decisions.append(_new(Decision, parts))
     return tuple(decisions), elements
+
+
+_new = tuple.__new__  # of very many named tuples: half the time of calling their class
 
 
 def _kinds(reference: Index, options: Options) -> list[_Kind]:
     """Return each tensor's kind; those that are alike share one."""
-    unchosen: Iterable[str] = itertools.repeat("")
-    if options.include or options.exclude:
-        unchosen = [_why_unchosen(spec.name, options) for spec in reference.tensors]
-    alike = list(zip([spec.dtype for spec in reference.tensors], unchosen, strict=False))
+    dtypes = [spec.dtype for spec in reference.tensors]
+    if not options.include and not options.exclude:
+        table = {dtype: _kind(dtype, "", options) for dtype in set(dtypes)}
+        return [table[dtype] for dtype in dtypes]
+    unchosen = [_why_unchosen(spec.name, options) for spec in reference.tensors]
+    alike = list(zip(dtypes, unchosen, strict=True))
     kinds = {key: _kind(*key, options) for key in set(alike)}
     return [kinds[key] for key in alike]
 

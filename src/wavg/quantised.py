@@ -28,7 +28,12 @@ def refuse_quantised(path: str, specs: Sequence[TensorSpec], averaged: Iterable[
 
     Where both are taken from the reference, as by `exclude`, they stay together and are fine.
     """
-    codes = [spec for spec in specs if spec.dtype in _NARROW or _last(spec.name) in _CODE_NAMES]
+    codes = [
+        spec
+        for spec in specs
+        if spec.dtype in _NARROW
+        or (spec.name.endswith(_CODE_NAMES) and _last(spec.name) in _CODE_NAMES)
+    ]
     if not codes:
         return
     names, averaged = {spec.name for spec in specs}, set(averaged)

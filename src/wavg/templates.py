@@ -57,7 +57,7 @@ def can_patch_in_place(index: Index, specs: Sequence[TensorSpec], keep_others: b
     """
     return (
         (keep_others or not index.others)
-        and all(spec.extent is not None for spec in specs)
+        and None not in [spec.extent for spec in specs]
         and all(checksum.places for checksum in index.checksums)
     )
 
@@ -69,13 +69,12 @@ def in_place(index: Index, specs: Sequence[TensorSpec]) -> list[Template]:
     """
     templates = []
     for number, identity in enumerate(index.files):
-        targets = {
-            spec.name: spec
-            for spec in specs
-            if spec.extent is not None and spec.extent.file == number
-        }
-        extents = [spec.extent for spec in targets.values() if spec.extent is not None]
-        touched = _touched((c for c in index.checksums if c.extent.file == number), extents)
+        here = specs
+        if len(index.files) > 1:
+            here = [spec for spec in specs if spec.extent and spec.extent.file == number]
+        targets = {spec.name: spec for spec in here}
+        extents = [spec.extent for spec in here if spec.extent]
+        touched = _touched([c for c in index.checksums if c.extent.file == number], extents)
         templates.append(
             Template(
                 identity.size,
@@ -90,8 +89,10 @@ def in_place(index: Index, specs: Sequence[TensorSpec]) -> list[Template]:
     return templates
 
 
-def _touched(checksums: Iterable[Checksum], extents: Iterable[Extent]) -> list[Checksum]:
+def _touched(checksums: Sequence[Checksum], extents: Iterable[Extent]) -> list[Checksum]:
     """Return the checksums of bytes in which one of the extents begins."""
+    if not checksums:
+        return []
     starts = sorted(extent.offset for extent in extents)
     return [
         checksum

@@ -170,8 +170,8 @@ def open_file(
         index = load_module(row.name).read_index(path, opaque_dtype=opaque_dtype, like=like)
     if like is not None and index.tensors == like.tensors:
         index = dataclasses.replace(index, tensors=like.tensors)
-    if all(spec.extent is not None for spec in index.tensors):
-        return Checkpoint(index)
+    if row.isolable and all(spec.extent is not None for spec in index.tensors):
+        return Checkpoint(index)  # without h5py, which an isolated index spares this process
     return Checkpoint(index, getattr(load_module(index.format), "block_reader", None))
 
 
