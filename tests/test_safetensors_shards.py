@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -607,3 +609,32 @@ def test_several_outputs_share_the_disk(run, tmp_path, monkeypatch):
     with pytest.raises(wavg.OutputError, match="nothing was begun"):
         wavg.average_checkpoints(run, f"{tmp_path}/{{last}}", last=[1, 2])
     wavg.average_checkpoints(run, f"{tmp_path}/one")
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_more_shards_than_files_may_be_open_raise_that_limit(tmp_path):
+    tensors = {f"t{n:03}": np.full(2, n, "f4") for n in range(90)}
+    paths = [tmp_path / f"c-{step}" for step in (1, 2)]
+    for path in paths:
+        hf_folders.sharded(path, tensors, 90)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        wavg.average_checkpoints(paths, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_same(wavg.load(tmp_path / "out"), tensors)
+
+
+def test_the_page_names_what_is_carried_over():
+    page = (Path(__file__).parent.parent / "docs/formats.md").read_text("utf-8")
+    assert not [pattern for pattern in folders._CARRIED if f"`{pattern}`" not in page]
+
+
+def test_nothing_of_a_training_is_carried_over():
+    kept = {name for name in (*hf_folders.BESIDE, *hf_folders.STATE) if folders.is_carried(name)}
+    assert kept == hf_folders.BESIDE.keys()
+    for name in ("optimizer.model", "scheduler.py", "rng_state.jinja", ".hidden.py", "x.bin"):
+        assert not folders.is_carried(name)

@@ -10,10 +10,14 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hf_folders
 import wavg
+from wavg.checkpoint import FileIdentity, Index, TensorSpec
 from wavg.cli import main
+from wavg.formats import safetensors_shards
 
 pytestmark = pytest.mark.frameworks
 
@@ -214,3 +218,19 @@ def test_the_comparison_sees_planted_errors(tmp_path):
     expected.model.layers[0].mlp.act_fn = torch.nn.Identity()
     with pytest.raises(AssertionError):
         assert_alike(str(tmp_path / "averaged"), expected)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 60))
+def test_shards_are_those_of_huggingface_hub(sizes, limit):
+    hub = pytest.importorskip("huggingface_hub")
+    tensors = {f"t{n}": torch.zeros(size, dtype=torch.uint8) for n, size in enumerate(sizes)}
+    pattern = "model{suffix}.safetensors"
+    theirs = hub.split_torch_state_dict_into_shards(
+        tensors, filename_pattern=pattern, max_shard_size=limit
+    )
+    specs = [TensorSpec(name, "uint8", tuple(t.shape)) for name, t in tensors.items()]
+    reference = Index("safetensors", (FileIdentity("in/model.safetensors", 0, 0, 0, 0),), ())
+    parts = safetensors_shards.parts("out/", specs, reference, limit)
+    ours = {os.path.basename(part.path): list(part.names) for part in parts if part.names}
+    assert ours == dict(theirs.filename_to_tensors)
