@@ -465,7 +465,7 @@ def test_the_output_of_an_earlier_call_is_not_averaged_in(run, tmp_path):
 @pytest.mark.parametrize("target", ["averaged.safetensors", "averaged.h5", "averaged.npz"])
 def test_one_file_has_no_shards(run, tmp_path, target):
     with pytest.raises(wavg.OutputError, match="is one file, and has no shards"):
-        wavg.average_checkpoints(run, tmp_path / target, max_shard_size="5GB")
+        wavg.plan_average(run, tmp_path / target, max_shard_size="5GB")
 
 
 def test_a_folder_needs_a_folder_to_follow(tmp_path):

@@ -536,16 +536,16 @@ def _plans(
     options: Options,
 ) -> list[Plan]:
     cells = grid.cells(len(checkpoints))
-    outputs: Sequence[str | None] = targets or [None] * len(cells)
+    places: Sequence[str | None] = targets or [None] * len(cells)
     weightings = [
         Weighting(str(rule), rule(steps[-number:]), target)
-        for (rule, number), target in zip(cells, outputs, strict=True)
+        for (rule, number), target in zip(cells, places, strict=True)
     ]
     reference = checkpoints[-1].index
     adapters.refuse_unlike([checkpoint.path for checkpoint in checkpoints])
     created = format_of_output(targets[0], reference) if targets else None
     with uncollected():
-        return make_plans(
+        plans = make_plans(
             [checkpoint.index for checkpoint in checkpoints],
             steps,
             weightings,
@@ -553,6 +553,10 @@ def _plans(
             patches=created is not None and created.name == reference.format,
             output_format=created.name if created else None,
         )
+    if options.max_shard_size is not None:
+        for plan, target in zip(plans, targets, strict=False):  # no targets: arrays
+            outputs.divided(plan, reference, target)
+    return plans
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def _of_folder(folder: str, output: str | None) -> list[str]:
             "checkpoints; name those to average with a glob",
             path=folder,
         )
-    return [checkpoint_in(path) or path if path in inner else path for path in found]
+    return [(checkpoint_in(path) or path) if path in inner else path for path in found]
 
 
 def _numbered(path: str) -> bool:

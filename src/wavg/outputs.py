@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from wavg import publish
-from wavg.checkpoint import Checkpoint, TensorSpec
+from wavg.checkpoint import Checkpoint, Index, TensorSpec
 from wavg.errors import OutputExistsError
 from wavg.formats import (
     Format,
@@ -32,7 +32,7 @@ from wavg.publish import (
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 
-__all__ = ["Output", "new", "planned", "refuse", "refuse_full"]
+__all__ = ["Output", "divided", "new", "planned", "refuse", "refuse_full"]
 
 _LARGEST_CONFIG = 10 << 20
 
@@ -106,15 +106,21 @@ def _refuse_existing(target: str, overwrite: bool, *, folder: bool) -> None:
         )
 
 
+def divided(plan: Plan, reference: Index, target: str) -> list[Part]:
+    """Return the files that the output of a plan consists of; raise an error if it cannot be so."""
+    row = format_of_output(target, reference)
+    like = reference if row.name == reference.format else None
+    path = os.path.join(target, "") if is_folder_output(target, reference.path) else target
+    everything = [decision.output for decision in plan.decisions]
+    return parts_of(row, path, everything, like, plan.options.max_shard_size)
+
+
 @contextlib.contextmanager
 def planned(plan: Plan, reference: Checkpoint, target: str, *, overwrite: bool) -> Iterator[Output]:
     """Begin the output of a plan; leaving without `Output.commit` leaves no trace."""
-    index, limit = reference.index, plan.options.max_shard_size
-    row = format_of_output(target, index)
-    like = index if row.name == index.format else None
-    everything = [decision.output for decision in plan.decisions]
+    row = format_of_output(target, reference.index)
     folder = is_folder_output(target, reference.path)
-    parts = parts_of(row, os.path.join(target, "") if folder else target, everything, like, limit)
+    parts = divided(plan, reference.index, target)
     if len(parts) > 1 and overwrite and not folder:
         _refuse_replacing(parts)
     with _begun(parts, target if folder else None, overwrite) as (files, published):

@@ -154,7 +154,7 @@ def parts(
     if limit is not None:
         groups = divided(specs, limit)
     elif reference is not None and _is_index(own):
-        groups = [[s for s in specs if s.name in names] for names in _names_by_shard(reference)]
+        groups = _as_in(reference, specs)
     base = _without_ending(name or own)
     if not name and len(groups) == 1 and (limit is not None or not _is_index(own)):
         return [Part(os.path.join(folder, base + folders.WEIGHTS), everything)]
@@ -173,12 +173,12 @@ def _without_ending(name: str) -> str:
     return name[: -len(ending)]
 
 
-def _names_by_shard(reference: Index) -> list[set[str]]:
-    names: list[set[str]] = [set() for _ in reference.files[1:]]
-    for spec in reference.tensors:
-        assert spec.extent is not None  # every tensor of this format has one
-        names[spec.extent.file - 1].add(spec.name)
-    return names
+def _as_in(reference: Index, specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    files = {spec.name: spec.extent.file for spec in reference.tensors if spec.extent is not None}
+    groups: list[list[TensorSpec]] = [[] for _ in reference.files[1:]]
+    for spec in specs:
+        groups[files[spec.name] - 1].append(spec)
+    return groups
 
 
 def divided(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
