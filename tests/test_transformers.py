@@ -209,6 +209,63 @@ def test_the_average_of_a_run_is_the_base_of_the_next(tmp_path):
     assert_alike(str(tmp_path / "again"), mean(models))
 
 
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, position):
+        tokens = torch.randint(50, (8,), generator=torch.Generator().manual_seed(position))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def train(model, folder):
+    """A run of the Trainer's own; returns its checkpoints, oldest first."""
+    pytest.importorskip("accelerate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = transformers.TrainingArguments(
+            str(folder),
+            max_steps=12,
+            save_steps=3,
+            learning_rate=0.1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        transformers.Trainer(model, options, train_dataset=Sentences()).train()
+    return [os.path.join(folder, f"checkpoint-{step}") for step in (3, 6, 9, 12)]
+
+
+def test_a_run_of_the_trainer_averages(tmp_path):
+    folders = train(random_model(llama(True), 1, torch.float32), tmp_path / "run")
+    reports = wavg.average_checkpoints(tmp_path / "run", tmp_path / "averaged")
+    assert [part.step for part in reports.plan.inputs] == [3, 6, 9, 12]
+    assert_alike(str(tmp_path / "averaged"), mean([load(folder)[0].eval() for folder in folders]))
+    assert "optimizer.pt" in os.listdir(folders[-1])
+    assert sorted(os.listdir(tmp_path / "averaged")) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_adapters_of_peft_average(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
+        base = random_model(llama(True), 1, torch.float32)
+        settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+        train(peft.get_peft_model(copy.deepcopy(base), settings), tmp_path / "run")
+        wavg.average_checkpoints(tmp_path / "run", tmp_path / "averaged")
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "averaged").eval()
+    tensors = wavg.load(tmp_path / "averaged")
+    found = peft.get_peft_model_state_dict(model)
+    assert tensors.keys() == found.keys()
+    for name, array in wavg.average_checkpoints(tmp_path / "run").items():
+        assert np.array_equal(found[name].numpy(), array)
+
+
 def test_the_comparison_sees_planted_errors(tmp_path):
     models, folders = save_run(tmp_path / "run", llama(True), torch.float32, "8KB")
     wavg.average_checkpoints(folders[1:], tmp_path / "averaged")
