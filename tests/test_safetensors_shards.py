@@ -402,6 +402,16 @@ def test_tensors_are_saved_with_an_index(tmp_path):
     assert_same(wavg.load(tmp_path), hf_folders.model(1))
 
 
+def test_another_format_averages_into_shards(tmp_path):
+    for step in (1, 2):
+        wavg.save(tmp_path / f"m_{step}.npz", hf_folders.model(step))
+    output = tmp_path / f"out{folders.INDEX}"
+    wavg.average_checkpoints(f"{tmp_path}/*.npz", output, max_shard_size=800)
+    expected, result = averaged(f"{tmp_path}/*.npz"), wavg.load(output)
+    assert len(json.loads(output.read_bytes())["weight_map"]) == len(expected)
+    assert_same({name: result[name] for name in expected}, expected)
+
+
 def test_an_index_that_would_be_too_large_to_read_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr("wavg.formats.safetensors_shards._LARGEST_MAP", 300)
     path = tmp_path / "out.safetensors.index.json"
@@ -599,7 +609,7 @@ def test_a_disk_without_room_is_told_before_the_work_begins(run, tmp_path, monke
         wavg.average_checkpoints(run, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
     assert main(["average", *run, "-o", f"{tmp_path}/out", "--dry-run"]) == 0
-    assert re.search(r"disk: \d\.\d+ kB needed", capsys.readouterr().out)
+    assert re.search(r"disk: \d\.\d+ kB\n", capsys.readouterr().out)
 
 
 def test_several_outputs_share_the_disk(run, tmp_path, monkeypatch):

@@ -439,8 +439,7 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
         f"{_count(plan.workers, 'worker')})"
     )
     read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
-    if report is None:
-        yield f"disk: {_bytes(sum(plan.disk_bytes for plan, _ in made))} needed"
+    yield f"disk: {_bytes(sum(plan.disk_bytes for plan, _ in made))}"
     verb = "would write" if report is None else "wrote"
     if not several:
         yield f"{verb} {plan.output}: {read} read, {written} written"
