@@ -124,7 +124,7 @@ class Index:
     metadata
         Texts the file carries about itself.
     signature
-        Where two files' signatures are equal and not empty, so are their `tensors`.
+        Where those of two files of one size are equal and not empty, so are their `tensors`.
     checksums
         What the files say of their own bytes; verified by `Checkpoint.verify_checksum`.
     reader_bytes
@@ -383,7 +383,10 @@ class Sink(Protocol):
         """Whether this tensor's numbers have to be written, rather than carried over."""
 
     def joined(self, names: Sequence[str]) -> bool:
-        """Whether these tensors lie side by side: then the first one's name stands for all."""
+        """Whether tensors that lie side by side in the reference do so here.
+
+        Then the first one's name stands for all.
+        """
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Store elements from position `start`, in storage order; called from many threads."""

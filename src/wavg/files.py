@@ -216,10 +216,10 @@ def average_checkpoints(
     -------
     dict or Report
         Without an output, an ordered dict from tensor names to arrays, in the order of the newest
-        file. For Keras that is the order of ``get_weights()``, so that
-        ``model.set_weights(list(result.values()))`` takes it, unless models are nested in the
-        model: then write a file and load that. With an output, what was done. With a list of
-        weights or of lasts, a list of these, the lasts of the first weights first.
+        file. For Keras that is the order of ``get_weights()``, as far as a file tells it (see
+        docs/keras.md), so that ``model.set_weights(list(result.values()))`` takes it. With an
+        output, what was done. With a list of weights or of lasts, a list of these, the lasts of
+        the first weights first.
 
     Raises
     ------
@@ -403,8 +403,9 @@ def open_checkpoint(
     Parameters
     ----------
     path
-        A Keras ``.h5``, safetensors or ``.npz`` file, its content tells which; the index of
-        sharded safetensors; or a folder with safetensors that are one checkpoint.
+        A Keras ``.h5``, ``.weights.h5``, ``.keras`` or ``.weights.json``, safetensors or ``.npz``
+        file, its content tells which; the index of sharded safetensors; or a folder with
+        safetensors that are one checkpoint.
     opaque_dtype
         ``"bfloat16"`` declares unnamed two-byte values to be so.
     isolate
@@ -476,8 +477,8 @@ def save(
     Parameters
     ----------
     path
-        Ends with ``.safetensors``, ``.h5`` (Keras' layout of weights; the first part of a name,
-        up to a slash, is the layer) or ``.npz``.
+        Ends with ``.safetensors``, ``.npz``, ``.h5`` (Keras' legacy layout of weights; the first
+        part of a name, up to a slash, is the layer) or ``.weights.h5`` (a name is a path).
     tensors
         Names to arrays, or whatever `numpy.asarray` takes. Names, order, dtypes, shapes are kept.
     metadata

@@ -66,6 +66,8 @@ def make_runs(decisions: Sequence[Decision]) -> Iterator[Run]:
 
 
 def _equal_neighbours(values: Sequence[str]) -> npt.NDArray[np.bool_]:
+    if len(set(values)) == 1:  # mostly; and soon seen
+        return np.ones(len(values) - 1, bool)
     return np.fromiter(map(operator.eq, values[1:], values), bool, len(values) - 1)
 
 

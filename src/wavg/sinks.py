@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from wavg.checkpoint import Checkpoint
-from wavg.extents import Extent, extent_table, side_by_side
+from wavg.extents import extent_table, side_by_side
 from wavg.plan import Plan
 from wavg.publish import NewFile
 from wavg.templates import Template
@@ -52,12 +52,15 @@ class FileSink:
         reference: Checkpoint | None,
     ) -> None:
         self._files = files
-        self._places: dict[str, Extent] = {}
-        for number, (file, template) in enumerate(zip(files, templates, strict=True)):
-            for name, spec in template.targets.items():
-                assert spec.extent is not None  # a target is a place
-                extent = spec.extent
-                self._places[name] = extent._replace(file=number) if number else extent
+        self._in_place = all(template.in_place for template in templates)
+        self._targets = templates[0].targets
+        if len(templates) > 1:
+            self._targets = {
+                name: spec._replace(extent=spec.extent and spec.extent._replace(file=number))
+                for number, template in enumerate(templates)
+                for name, spec in template.targets.items()
+            }
+        for file, template in zip(files, templates, strict=True):
             file.resize(template.size)
             for offset, data in template.pieces:
                 file.write(data, offset)
@@ -68,13 +71,17 @@ class FileSink:
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
-        return name in self._places
+        return name in self._targets
 
     def joined(self, names: Sequence[str]) -> bool:
         """Do as `wavg.checkpoint.Sink.joined` says."""
-        return bool(side_by_side(extent_table([self._places[name] for name in names])).all())
+        if self._in_place:
+            return True
+        extents = [self._targets[name].extent for name in names]
+        return bool(side_by_side(extent_table(extents)).all())
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Do as `wavg.checkpoint.Sink.write` says."""
-        extent = self._places[name]
+        extent = self._targets[name].extent
+        assert extent is not None  # a target is a place
         self._files[extent.file].write(values, extent.offset + start * values.itemsize)

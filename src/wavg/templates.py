@@ -41,6 +41,8 @@ class Template(NamedTuple):
         Extents of the reference checkpoint to copy, each with its place in the output.
     finish
         Called with the output's descriptor when all is written (checksums).
+    in_place
+        Whether the targets are where the reference has them.
     """
 
     size: int
@@ -48,6 +50,7 @@ class Template(NamedTuple):
     pieces: Sequence[tuple[int, bytes]] = ()
     carry: Sequence[tuple[Extent, int]] = ()
     finish: Callable[[int], None] | None = None
+    in_place: bool = False
 
 
 def can_patch_in_place(index: Index, specs: Sequence[TensorSpec], keep_others: bool) -> bool:
@@ -84,6 +87,7 @@ def in_place(index: Index, specs: Sequence[TensorSpec]) -> list[Template]:
                     for extent, offset in complement(identity.size, extents)
                 ],
                 finish=functools.partial(mend, checksums=touched) if touched else None,
+                in_place=True,
             )
         )
     return templates

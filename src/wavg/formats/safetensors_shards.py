@@ -269,4 +269,4 @@ def _map(
             f"than {_LARGEST_MAP:,}; write one file",
             path=parts[0].path,
         )
-    return Template(len(text), {}, [(0, text)])
+    return Template(len(text), {}, [(0, text)], in_place=True)
