@@ -21,6 +21,7 @@ from contract import assert_same, read_bytes
 from wavg import CheckpointFormatError
 from wavg.cli import main
 from wavg.formats import folders
+from wavg.formats import safetensors as formats_safetensors
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -648,3 +649,40 @@ def test_nothing_of_a_training_is_carried_over():
     assert kept == hf_folders.BESIDE.keys()
     for name in ("optimizer.model", "scheduler.py", "rng_state.jinja", ".hidden.py", "x.bin"):
         assert not folders.is_carried(name)
+
+
+def test_shards_of_one_layout_are_parsed_once(tmp_path, monkeypatch):
+    run = hf_folders.trainer_run(str(tmp_path), (1, 2, 3, 4), (2, 2, 3, 2))
+    parsed, real = [], formats_safetensors.parsed
+
+    def parse(identity, raw):
+        parsed.append(identity.path)
+        return real(identity, raw)
+
+    monkeypatch.setattr(formats_safetensors, "parsed", parse)
+    expected = wavg.average_checkpoints(run)
+    counts = [sum(path.startswith(f"{folder}/") for path in parsed) for folder in run]
+    assert counts == [2, 0, 3, 2]
+    assert_same({k: expected[k] for k in expected}, averaged([str(path) for path in run]))
+
+
+@pytest.mark.parametrize("where", ["a header", "the index", "a shard's length"])
+def test_shards_of_a_layout_that_differs_in_a_byte_are_parsed_again(tmp_path, where):
+    run = hf_folders.trainer_run(str(tmp_path), (1, 2))
+    name = INDEX if where == "the index" else SECOND
+    raw = bytearray(read_bytes(f"{run[1]}/{name}"))
+    if where == "a shard's length":
+        raw += b"\0"
+    else:
+        raw = raw.replace(b"norm.weight", b"norm.height")
+    with open(f"{run[1]}/{name}", "wb") as file:
+        file.write(raw)
+    with pytest.raises(CheckpointFormatError):
+        wavg.average_checkpoints(run)
+
+
+def test_a_missing_shard_of_a_known_layout_is_told(tmp_path):
+    run = hf_folders.trainer_run(str(tmp_path), (1, 2))
+    os.unlink(f"{run[1]}/{SECOND}")
+    with pytest.raises(CheckpointFormatError, match=f"the shard {SECOND} is missing"):
+        wavg.average_checkpoints(run)

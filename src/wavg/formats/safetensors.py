@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from wavg.checkpoint import Index, TensorSpec, identify
+from wavg.checkpoint import FileIdentity, Index, TensorSpec, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
 from wavg.templates import Part, Template
 
-__all__ = ["create", "read_index"]
+__all__ = ["create", "parsed", "read_header", "read_index"]
 
 _HEADER_LIMIT = 100_000_000
 _LONGEST_KEPT = 8 << 20
@@ -33,6 +33,16 @@ _new = tuple.__new__  # what a NamedTuple is made with, in half the time that it
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
     """Read and check a file's header; the data is not touched."""
+    identity, raw = read_header(path)
+    # To compare headers takes a tenth of the time of digests; very long ones are not kept for it.
+    signature = raw if len(raw) <= _LONGEST_KEPT else hashlib.sha256(raw).digest()
+    if like is not None and like.signature == signature and like.files[0].size == identity.size:
+        return dataclasses.replace(like, files=(identity,))
+    return dataclasses.replace(parsed(identity, raw), signature=signature)
+
+
+def read_header(path: str) -> tuple[FileIdentity, bytes]:
+    """Return what a file is, and its header as it is."""
     identity = identify(path)
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -43,18 +53,19 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
                 f"its header claims {length:,} bytes of the file's {identity.size:,} "
                 f"(at most {_HEADER_LIMIT:,} are allowed); it may be truncated",
             )
-        raw = file.read(length)
-    # To compare headers takes a tenth of the time of digests; very long ones are not kept for it.
-    signature = raw if length <= _LONGEST_KEPT else hashlib.sha256(raw).digest()
-    if like is not None and like.signature == signature and like.files[0].size == identity.size:
-        return dataclasses.replace(like, files=(identity,))
+        return identity, file.read(length)
+
+
+def parsed(identity: FileIdentity, raw: bytes) -> Index:
+    """Return the index that a header is, checked."""
+    path, length = identity.path, len(raw)
     header = _parse(path, raw)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "its metadata is not a table of texts")
     specs = _specs(path, header, 8 + length)
     _check_tiling(path, specs, 8 + length, identity.size)
-    return Index("safetensors", (identity,), specs, metadata=metadata, signature=signature)
+    return Index("safetensors", (identity,), specs, metadata=metadata)
 
 
 def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatError:

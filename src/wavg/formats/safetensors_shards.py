@@ -6,6 +6,8 @@ Together they are one checkpoint of that format, whose first file is the index.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -28,25 +30,58 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     if not _is_index(path):
         return safetensors.read_index(path, opaque_dtype=opaque_dtype, like=like)
     identity = identify(path)
-    mapping = _shards_by_tensor(path, _read_map(path, identity)[1])
+    raw = _read_bytes(path, identity)
+    if like is not None and (twin := _as_like(path, identity, raw, like)) is not None:
+        return twin
+    mapping = _shards_by_tensor(path, _table(path, raw))
     names = sorted(set(mapping.values()))
     if len(names) > _MOST_SHARDS:
         raise _bad(path, f"it names {len(names):,} shards")
     tensors: dict[str, TensorSpec] = {}
     metadata: dict[str, str] = {}
-    files = [identity]
+    files, digest = [identity], hashlib.sha256(raw)
     for number, name in enumerate(names, start=1):
-        index = _shard(path, name)
+        shard, header = _header(path, name)
+        _digest(digest, shard, header)
+        index = safetensors.parsed(shard, header)
         for spec in index.tensors:
             assert spec.extent is not None  # every tensor of this format has one
             _check_place(path, spec.name, name, mapping, names, tensors)
             tensors[spec.name] = spec._replace(extent=spec.extent._replace(file=number))
         metadata = {**index.metadata, **metadata}
-        files += index.files
+        files.append(shard)
     for tensor, name in mapping.items():
         if tensor not in tensors:
             raise _bad(path, f"{name} lacks {tensor!r}, which the index says is there", tensor)
-    return Index("safetensors", tuple(files), tuple(tensors.values()), metadata=metadata)
+    return Index(
+        "safetensors",
+        tuple(files),
+        tuple(tensors.values()),
+        metadata=metadata,
+        signature=digest.digest(),
+    )
+
+
+def _as_like(path: str, identity: FileIdentity, raw: bytes, like: Index) -> Index | None:
+    """Return the index of what has the same index file and the same headers as `like`, unparsed."""
+    if not _is_index(like.path) or like.files[0].size != identity.size:
+        return None
+    files, digest = [identity], hashlib.sha256(raw)
+    for old in like.files[1:]:
+        try:
+            shard, header = _header(path, os.path.basename(old.path))
+        except CheckpointFormatError:
+            return None  # another layout, or one whose fault the full reading tells
+        _digest(digest, shard, header)
+        files.append(shard)
+    if digest.digest() != like.signature:
+        return None
+    return dataclasses.replace(like, files=tuple(files))
+
+
+def _digest(digest: hashlib._Hash, shard: FileIdentity, header: bytes) -> None:
+    digest.update(b"%d:%d:" % (shard.size, len(header)))
+    digest.update(header)
 
 
 def _is_index(path: str) -> bool:
@@ -59,9 +94,15 @@ def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatErro
     )
 
 
-def _read_map(path: str, identity: FileIdentity) -> tuple[bytes, dict[str, Any]]:
+def _read_bytes(path: str, identity: FileIdentity) -> bytes:
     if identity.size > _LARGEST_MAP:
         raise _bad(path, f"it has {identity.size:,} bytes, more than {_LARGEST_MAP:,}")
+    with open(path, "rb") as file:
+        return file.read(_LARGEST_MAP)
+
+
+def _table(path: str, raw: bytes) -> dict[str, Any]:
+    """Return what an index says; a name that is twice in a table of it is an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -73,8 +114,6 @@ def _read_map(path: str, identity: FileIdentity) -> tuple[bytes, dict[str, Any]]
         return table
 
     try:
-        with open(path, "rb") as file:
-            raw = file.read(_LARGEST_MAP)
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointFormatError:
         raise
@@ -82,7 +121,7 @@ def _read_map(path: str, identity: FileIdentity) -> tuple[bytes, dict[str, Any]]
         raise _bad(path, f"it is not JSON ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get(_MAP), dict):
         raise _bad(path, f"it has no table {_MAP}")
-    return raw, content
+    return content
 
 
 def _shards_by_tensor(path: str, content: Mapping[str, Any]) -> dict[str, str]:
@@ -101,9 +140,9 @@ def _is_sibling(name: str) -> bool:
     return plain and name.endswith(".safetensors") and not hidden and not set(name) & set("/\\:\0")
 
 
-def _shard(path: str, name: str) -> Index:
+def _header(path: str, name: str) -> tuple[FileIdentity, bytes]:
     try:
-        return safetensors.read_index(os.path.join(os.path.dirname(path), name))
+        return safetensors.read_header(os.path.join(os.path.dirname(path), name))
     except FileNotFoundError:
         raise _bad(path, f"the shard {name} is missing") from None
     except OSError as error:  # a name too long, or not to be read
@@ -245,7 +284,8 @@ def renamed(
     index = reference.index
     raw, content = b"", dict[str, Any]()
     if _is_index(index.path):
-        raw, content = _read_map(index.path, index.files[0])
+        raw = _read_bytes(index.path, index.files[0])
+        content = _table(index.path, raw)
     replaced = {spec.name: spec for spec in specs}
     table = {spec.name: replaced.get(spec.name, spec) for spec in index.tensors}
     return _map(table, parts, raw, content)
