@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -233,13 +234,36 @@ def test_the_order_is_that_of_writing(tmp_path):
     assert list(wavg.load(path)) == names
 
 
-def test_optimizers_of_any_name_and_metrics_are_not_the_models(tmp_path):
-    others = ["d_optimizer/vars/1", "optimizer_1/vars/0", "metrics/mean/vars/0"]
+OPTIMIZERS = {
+    "optimizer/vars/1": np.float32([1]),  # whatever it holds
+    "layers/sequential/optimizer/vars/0": np.array(7),  # an inner model's
+    "d_optimizer/vars/0": np.array(7),  # its rate is scheduled
+    "d_optimizer/vars/1": np.float32([1]),
+    "g_opt/vars/0": np.array(7),
+    "g_opt/vars/1": np.float32(0.1),
+    "g_opt/vars/2": np.float32([1]),
+    "optims/sgd/vars/0": np.array(7),
+    "optims/sgd/vars/1": np.float32(0.1),
+}
+NO_OPTIMIZERS = {
+    "layers/optimizer/vars/0": np.float32([1]),  # a layer of that class
+    "x_optimizer/vars/0": np.float32([1]),  # a layer in an attribute of that name
+    "layers/normalization/vars/0": np.float32([1, 2]),
+    "layers/normalization/vars/1": np.array(3),
+}
+
+
+def test_optimizers_are_known_wherever_they_are_and_metrics_too(tmp_path):
     path = f"{tmp_path}/m.weights.h5"
-    write_weights(path, model(1, **{name: np.float32([1]) for name in others}), None)
+    others = OPTIMIZERS | {"metrics/mean/vars/0": np.float32([1])}
+    write_weights(path, model(1, **NO_OPTIMIZERS, **others), None)
     with wavg.open_checkpoint(path) as checkpoint:
-        assert list(checkpoint) == list(STATE)
-        assert [spec.name for spec in checkpoint.index.others] == others
+        assert set(checkpoint) == {*STATE, *NO_OPTIMIZERS}
+        assert {spec.name for spec in checkpoint.index.others} == set(others)
+    wavg.average_checkpoints([path], tmp_path / "out.weights.h5", optimizer="drop")
+    with wavg.open_checkpoint(tmp_path / "out.weights.h5") as checkpoint:
+        assert set(checkpoint) == {*STATE, *NO_OPTIMIZERS}
+        assert [spec.name for spec in checkpoint.index.others] == ["metrics/mean/vars/0"]
 
 
 def test_quantised_kernels_beside_their_scales_are_refused(tmp_path):
@@ -358,6 +382,22 @@ def test_an_attribute_of_no_known_dtype_is_a_format_error(tmp_path):
         wavg.load(tmp_path / "m.weights.h5")
 
 
+def test_a_version_that_means_another_order_is_not_taken_for_the_same_layout(tmp_path):
+    for step, version in enumerate(("3.15.1", "2.21.0"), start=1):
+        names = ["vars/0", "layers/dense/vars/0"]  # Keras 2 lists a model's own weights last
+        tensors = {name: np.float32([step]) for name in names}
+        path = archive(f"{tmp_path}/m_{step}.keras", 1, tensors=tensors)
+        raw = read_bytes(path).replace(b"3.15.1", version.encode())
+        crc = zlib.crc32(f'{{"keras_version": "{version}"}}'.encode()).to_bytes(4, "little")
+        old = zlib.crc32(b'{"keras_version": "3.15.1"}').to_bytes(4, "little")
+        with open(path, "wb") as file:
+            file.write(raw.replace(old, crc))
+    orders = [list(wavg.load(f"{tmp_path}/m_{step}.keras")) for step in (1, 2)]
+    assert orders[0] == orders[1][::-1]
+    result = wavg.average_checkpoints(f"{tmp_path}/m_*.keras")
+    assert list(result) == orders[1]
+
+
 # --- chunks ---------------------------------------------------------------------------------------
 
 CHUNKED = {
@@ -390,10 +430,27 @@ def test_chunked_datasets_average_and_keep_their_layout(tmp_path, layout, legacy
     expected = wavg.average([*arrays], weights="linear")
     np.testing.assert_array_equal(wavg.load(output)[name], expected)
     with h5py.File(paths[-1]) as before, h5py.File(output) as after:
-        for trait in ("chunks", "compression", "compression_opts", "shuffle", "fletcher32"):
+        for trait in (
+            "chunks",
+            "compression",
+            "compression_opts",
+            "shuffle",
+            "fletcher32",
+            "maxshape",
+        ):
             assert getattr(after[name], trait) == getattr(before[name], trait), trait
         assert after[name].attrs["note"] == "kept"
     assert os.path.getsize(output) < 2 * os.path.getsize(paths[-1]) + 4096  # nothing left behind
+
+
+def test_chunks_much_larger_than_what_is_in_them_leave_all_numbers_right(tmp_path):
+    rng = np.random.default_rng(0)
+    models = []
+    for step in (1, 2):
+        models.append({f"layers/l{i}/vars/0": rng.random((33, 33, 33), "f4") for i in range(40)})
+        write_weights(f"{tmp_path}/m_{step}.weights.h5", models[-1], None, chunks=(32, 32, 32))
+    wavg.average_checkpoints(f"{tmp_path}/m_?.weights.h5", tmp_path / "out.weights.h5")
+    assert_same(wavg.load(tmp_path / "out.weights.h5"), wavg.average(models))
 
 
 def test_chunks_give_the_same_bytes_for_every_budget(tmp_path):

@@ -166,10 +166,11 @@ def _follow(path: str, group: Any, raw: bytes, name: str) -> Any:
 def members(path: str, file: Any) -> Iterator[tuple[str, Any]]:
     """Yield every group and dataset by its path, parents first; each object has only one path."""
     seen = {address(file.id)}
-    stack = [("", file.id)]
-    while stack:
-        prefix, group = stack.pop()
-        found = []
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        group = h5py.h5o.open(file.id, prefix.encode()) if prefix else file.id
+        below = []
         for raw in list(group):
             name = prefix + raw.decode("utf-8", "strict")
             if name.count("/") >= _DEEPEST:
@@ -183,10 +184,10 @@ def members(path: str, file: Any) -> Iterator[tuple[str, Any]]:
             seen.add(place)
             if len(seen) > MOST_OBJECTS:
                 raise CheckpointFormatError(f"{path}: too many objects", path=path)
-            yield name, here
             if is_group(here):
-                found.append((f"{name}/", here))
-        stack += reversed(found)
+                below.append(f"{name}/")
+            yield name, here
+        pending += reversed(below)
 
 
 def address(thing: Any) -> int:
@@ -230,6 +231,8 @@ def names_in(path: str, group: Any, attribute: str) -> list[str]:
                 f"{path}: {attribute} holds {value!r}, not a name", path=path
             )
         names.append(text)
+    if len(set(names)) != len(names):
+        raise CheckpointFormatError(f"{path}: a name is listed twice in {attribute}", path=path)
     return names
 
 

@@ -18,6 +18,7 @@ from wavg.formats.hdf5 import Source, is_group, members, opened
 from wavg.formats.hdf5_links import linked_order
 from wavg.templates import Template
 
+_MARGIN = 16 << 20  # for what HDF5 notes of its chunks
 __all__ = ["create_dataset", "places", "rewrite", "runs"]
 
 
@@ -33,13 +34,16 @@ def create_dataset(path: str, group: Any, name: str, spec: TensorSpec, like: Any
     else:
         properties = like.get_create_plist()
     properties.set_obj_track_times(False)  # the same bytes whenever it is written
+    space = h5py.h5s.create_simple(spec.shape) if spec.shape else h5py.h5s.create(h5py.h5s.SCALAR)
+    if like is not None:
+        space = like.get_space()
     try:
         parent = group.require_group(name.rpartition("/")[0]) if "/" in name else group
         identifier = h5py.h5d.create(
             parent.id,
             name.rpartition("/")[2].encode(),
             h5py.h5t.py_create(_storage(spec), logical=True),
-            h5py.h5s.create_simple(spec.shape) if spec.shape else h5py.h5s.create(h5py.h5s.SCALAR),
+            space,
             dcpl=properties,
         )
     except (ValueError, TypeError, RuntimeError) as error:
@@ -99,45 +103,52 @@ def rewrite(
     order
         Stored paths in the order in which datasets are to be laid out; others follow.
     drop
-        Members of the root that are left out.
+        Groups that are left out.
     """
     chunked: dict[str, TensorSpec] = {}
     with opened(source) as old, opened(target, "w") as new:
         copy_attributes(old, new)
-        datasets: dict[str, Any] = {}
-        for name, thing in _as_linked(source, old):
-            if name.split("/")[0] in drop:
+        datasets = []
+        for name, group in _as_linked(source, old):
+            if any(name == part or name.startswith(f"{part}/") for part in drop):
                 continue
-            if is_group(thing):
-                copy_attributes(h5py.Group(thing), new.create_group(name))
+            if group:
+                copy_attributes(old[name], new.create_group(name))
             else:
-                datasets[name] = thing
+                datasets.append(name)
         known = set(order)
         for name in (*order, *(name for name in datasets if name not in known)):
             if name not in replaced:
                 h5py.h5o.copy(old.id, name.encode(), new.id, name.encode())
-                continue
-            dataset, spec = datasets[name], replaced[name]
-            split = dataset.get_create_plist().get_layout() == h5py.h5d.CHUNKED
-            made = create_dataset(target.path, new, name, spec, dataset if split else None)
-            copy_attributes(h5py.Dataset(dataset), made, leave=("dtype",))
-            if split and target.base:
-                raise OutputError(
-                    f"{target.path}: {spec.name!r} is stored in chunks, which wavg does not write "
-                    "within an archive; choose another format",
-                    path=target.path,
-                    tensor=spec.name,
-                )
-            if split:
-                chunked[name] = spec
+            elif _replace(old, new, name, replaced[name], target):
+                chunked[name] = replaced[name]
     contiguous = {name: spec for name, spec in replaced.items() if name not in chunked}
     template = places(target, contiguous)
     return _with_chunks(target, template, chunked) if chunked else template
 
 
-def _as_linked(source: Source, file: Any) -> Iterable[tuple[str, Any]]:
-    """Return a file's members in the order of their creation, which tells that of the layers."""
-    found = list(members(source.path, file))
+def _replace(old: Any, new: Any, name: str, spec: TensorSpec, target: Source) -> bool:
+    """Create a dataset for other numbers than the old one's; return whether it is in chunks."""
+    dataset = old[name]
+    split = dataset.id.get_create_plist().get_layout() == h5py.h5d.CHUNKED
+    if split and target.base:
+        raise OutputError(
+            f"{target.path}: {spec.name!r} is stored in chunks, which wavg does not write within "
+            "an archive; choose another format",
+            path=target.path,
+            tensor=spec.name,
+        )
+    made = create_dataset(target.path, new, name, spec, dataset.id if split else None)
+    copy_attributes(dataset, made, leave=("dtype",))
+    return bool(split)
+
+
+def _as_linked(source: Source, file: Any) -> Iterable[tuple[str, bool]]:
+    """Return a file's members in the order of their creation, which tells that of the layers.
+
+    Each is a path and whether it is a group: open objects of the library take much memory.
+    """
+    found = [(name, is_group(thing)) for name, thing in members(source.path, file)]
     with source.reader() as read:
         ranks = linked_order(read)
     if ranks.keys() >= {name for name, _ in found}:
@@ -150,9 +161,14 @@ def _with_chunks(target: Source, template: Template, chunked: Mapping[str, Tenso
 
     What lies behind is a hole until it is written, and is cut off when the library is done.
     """
-    # Compressed chunks must not grow into it: numbers that do not compress grow a little.
-    start = template.size + sum(2 * spec.nbytes for spec in chunked.values()) + (16 << 20)
-    targets = dict(template.targets)
+    first = template.size + _MARGIN
+    with opened(target) as file:
+        for name, spec in chunked.items():
+            chunks = file[name].chunks  # whole ones, however little of the last is the tensor's
+            count = math.prod(-(-a // b) for a, b in zip(spec.shape, chunks, strict=True))
+            size = math.prod(chunks) * spec.entry.itemsize
+            first += count * (size + size // 256 + 4096)  # what does not compress grows a little
+    start, targets = first, dict(template.targets)
     waiting = {}
     for name, spec in chunked.items():
         waiting[name] = spec._replace(extent=Extent(0, start, spec.nbytes))
@@ -163,8 +179,13 @@ def _with_chunks(target: Source, template: Template, chunked: Mapping[str, Tenso
         with opened(target, "r+") as file:
             for name, spec in waiting.items():
                 _write_chunks(descriptor, file[name], spec)
-            file.flush()
+            file.flush()  # only now: it cuts off what lies behind
             end = file.id.get_filesize()
+        if end > first:
+            raise OutputError(
+                f"cannot write {target.path}: its chunks take more room than they can",
+                path=target.path,
+            )
         os.ftruncate(descriptor, min(end, os.fstat(descriptor).st_size))
 
     return Template(start, targets, finish=finish)

@@ -108,8 +108,9 @@ class Collector:
         entry = dtype_of(dtype)
         if entry is None or dtype.byteorder == ">":
             raise self.bad(name, f"has the type {dtype}, which is not a plain number")
-        # HDF5 has integers with fewer bits than their storage; their bytes are not what they mean.
-        if entry.kind == "int" and dataset.get_type() != h5py.h5t.py_create(dtype):
+        # HDF5 has numbers with fewer bits than their storage, or with their parts elsewhere: their
+        # bytes are not what they mean.
+        if entry.kind in ("int", "float") and dataset.get_type() != h5py.h5t.py_create(dtype):
             raise self.bad(name, f"has a type that only resembles {dtype}")
         return entry.name
 

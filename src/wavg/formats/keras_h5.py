@@ -32,7 +32,7 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     """
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5_tensors.same_layout(source, like)) is not None:
+    if (index := hdf5_tensors.same_layout(source, like, keras_weights.made_of())) is not None:
         return index
     collector = hdf5_tensors.Collector(source, opaque_dtype)
     with hdf5.opened(source) as file:
@@ -56,7 +56,7 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
         tuple(tensors),
         tuple(others),
         metadata,
-        hdf5_tensors.signature(source, [*tensors, *others]),
+        hdf5_tensors.signature(source, [*tensors, *others], keras_weights.made_of()),
         reader_bytes=collector.reader_bytes,
     )
 

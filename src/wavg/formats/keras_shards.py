@@ -37,25 +37,23 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
         _shard(path, os.path.join(os.path.dirname(path), name), opaque_dtype) for name in names
     ]
     unseen = {(group, name) for group, shards in mapping.items() for name in shards}
-    tensors: list[TensorSpec] = []
-    others: list[TensorSpec] = []
+    specs: list[TensorSpec] = []
     for number, (name, index) in enumerate(zip(names, indexes, strict=True), start=1):
-        for specs, found in ((tensors, index.tensors), (others, index.others)):
-            for spec in found:
-                group = "/" + spec.name.rpartition("/")[0]
-                if name not in mapping.get(group, ()):
-                    raise _bad(path, f"{spec.name} is in {name}, which its map does not say")
-                if spec.extent is None:
-                    raise _bad(path, f"{spec.name} is stored in chunks; in shards none are read")
-                unseen.discard((group, name))
-                specs.append(spec._replace(extent=spec.extent._replace(file=number)))
+        for spec in (*index.tensors, *index.others):
+            group = "/" + spec.name.rpartition("/")[0]
+            if name not in mapping.get(group, ()):
+                raise _bad(path, f"{spec.name} is in {name}, which its map does not say")
+            if spec.extent is None:
+                raise _bad(path, f"{spec.name} is stored in chunks; in shards none are read")
+            unseen.discard((group, name))
+            specs.append(spec._replace(extent=spec.extent._replace(file=number)))
     if unseen:
         group, name = min(unseen)
         raise _bad(path, f"{name} lacks {group}, which its map says is there")
-    for specs in (tensors, others):
-        if len({spec.name for spec in specs}) != len(specs):
-            raise _bad(path, "a tensor is in two shards")
-    # A layer around layers may continue in the next shard; only together can they be put in order.
+    if len({spec.name for spec in specs}) != len(specs):
+        raise _bad(path, "a tensor is in two shards")
+    # Layers and optimizers may continue in the next shard: they are known only together.
+    tensors, others = keras_weights.divided(specs)
     tensors = [tensors[position] for position in weights_order([spec.name for spec in tensors])]
     return Index(
         "keras-shards",
@@ -131,7 +129,7 @@ def renamed(
     content["weight_map"] = {
         group: [names[name] for name in shards]
         for group, shards in _shards_by_group(reference.path, content).items()
-        if group.strip("/").partition("/")[0] not in drop
+        if not any(f"{group.strip('/')}/".startswith(f"{place}/") for place in drop)
     }
     replaced = {spec.name: spec for spec in specs}
     kept = [*index.tensors, *(index.others if keep_others else ())]

@@ -24,8 +24,9 @@ from wavg.templates import Part, Template
 __all__ = [
     "block_reader",
     "create",
+    "divided",
     "index_of",
-    "is_other",
+    "made_of",
     "optimizers_of",
     "parsed",
     "patch",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _OPTIMIZER = re.compile(r"(.*_)?optimizer(_?\d+)?")
+_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")  # of layers, named by their classes
 _SUFFIX = ".weights.h5"
 
 
@@ -50,7 +52,7 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     """Walk the tree and find where each dataset's bytes lie."""
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5_tensors.same_layout(source, like)) is not None:
+    if (index := hdf5_tensors.same_layout(source, like, made_of())) is not None:
         return index
     with hdf5.opened(source) as file:
         return index_of(source, identity, file, hdf5_tensors.Collector(source, opaque_dtype))
@@ -69,6 +71,7 @@ def index_of(
     See `wavg.formats.keras_order`; `config` is the model's configuration as JSON, where there is
     one. Without a version Keras 3 is known by the layers' names, which Keras 2 does not note.
     """
+    beside = made_of(config, keras_version)
     with source.reader() as read:
         written = linked_order(read)
     found = []
@@ -83,7 +86,7 @@ def index_of(
     if not found and not hdf5.has_names(file, hdf5.NAMES):
         raise CheckpointFormatError(f"{source.path}: holds no weights", path=source.path)
     specs = [spec for *_, spec in sorted(found)]
-    tensors = [spec for spec in specs if not is_other(spec.name)]
+    tensors, others = divided(specs)
     names = [spec.name for spec in tensors]
     if hdf5.has_names(file, hdf5.NAMES):
         names = hdf5.names_in(source.path, file, hdf5.NAMES)
@@ -96,14 +99,13 @@ def index_of(
     else:
         order = weights_order(names, parsed(config), keras_version=keras_version or "2")
         tensors = [tensors[position] for position in order]
-    others = [spec for spec in specs if is_other(spec.name)]
     return Index(
         "keras-weights",
         (identity,),
         tuple(tensors),
         tuple(others),
         hdf5.texts(file),
-        hdf5_tensors.signature(source, specs, config),
+        hdf5_tensors.signature(source, specs, beside),
         reader_bytes=collector.reader_bytes,
     )
 
@@ -124,15 +126,65 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def is_other(name: str) -> bool:
-    """Whether a tensor belongs to an optimizer or a metric, and not to the model."""
-    first, _, rest = name.partition("/")
-    return bool(rest) and (first == "metrics" or _OPTIMIZER.fullmatch(first) is not None)
+def made_of(config: bytes = b"", keras_version: str = "") -> bytes:
+    """Return what beside the HDF5 file an index is made of."""
+    return b"%b\0%b" % (keras_version.encode(), config)
+
+
+def divided(specs: Sequence[TensorSpec]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Divide tensors into the model's, and those of optimizers and metrics."""
+    places = _optimizers(specs)
+    other = [_group(spec.name) in places or _is_metric(spec.name) for spec in specs]
+    pairs = list(zip(specs, other, strict=True))
+    return [s for s, no in pairs if not no], [s for s, no in pairs if no]
 
 
 def optimizers_of(index: Index) -> set[str]:
-    """Return the members of the root that hold optimizers; tf_keras cannot load without metrics."""
-    return {spec.name.partition("/")[0] for spec in index.others} - {"metrics"}
+    """Return the groups that hold optimizers; tf_keras cannot load without metrics."""
+    return {
+        _group(spec.name).removesuffix("/vars")
+        for spec in index.others
+        if not _is_metric(spec.name)
+    }
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("metrics/")
+
+
+def _group(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _optimizers(specs: Sequence[TensorSpec]) -> set[str]:
+    """Return the groups of variables that are an optimizer's, wherever a model keeps it.
+
+    An optimizer counts its steps, a whole number, and then has its learning rate. One whose rate
+    is scheduled has none, and is known by its name; one called just so needs no other sign.
+    """
+    firsts: dict[str, dict[str, TensorSpec]] = {}
+    for spec in specs:
+        group, _, number = spec.name.rpartition("/")
+        if group:
+            found = firsts.setdefault(group, {})
+            if number in ("0", "1"):
+                found[number] = spec
+    places = set()
+    for group, found in firsts.items():
+        parts = group.split("/")
+        counts = "0" in found and found["0"].entry.kind == "int" and found["0"].shape == ()
+        rate = "1" in found and found["1"].entry.kind == "float" and found["1"].shape == ()
+        named = any(
+            _OPTIMIZER.fullmatch(part) and (before not in _CONTAINERS)
+            for before, part in zip(["", *parts], parts, strict=False)
+        )
+        exactly = any(
+            part == "optimizer" and before not in _CONTAINERS
+            for before, part in zip(["", *parts], parts, strict=False)
+        )
+        if exactly or (counts and (rate or named)):
+            places.add(group)
+    return places
 
 
 def block_reader(index: Index) -> hdf5_tensors.BlockReader:
@@ -158,14 +210,15 @@ def create(
 ) -> list[Template]:
     """Lay out a new file: a name is a path, and the order that of the data."""
     ((_, _, path),) = parts
+    others = {spec.name for spec in divided(specs)[1]}
     with hdf5.opened(Source(path), "w") as file:
-        hdf5.write_names(file, hdf5.NAMES, [spec.name for spec in specs])
         for key, value in metadata.items():
             file.attrs[key] = value
+        hdf5.write_names(file, hdf5.NAMES, [spec.name for spec in specs])
         for spec in specs:
             steps = spec.name.split("/")
             bad = any(step in ("", ".", "..") for step in steps) or "\0" in spec.name
-            if bad or is_other(spec.name):
+            if bad or spec.name in others:
                 raise OutputError(
                     f"{path}: a {_SUFFIX} file cannot hold the name {spec.name!r}",
                     path=path,
