@@ -499,6 +499,50 @@ def test_damaged_chunks_are_told(tmp_path):
         wavg.load(path)
 
 
+def test_a_chunk_that_unpacks_without_end_is_refused(tmp_path):
+    path = f"{tmp_path}/m.weights.h5"
+    bomb = zlib.compress(bytes(3_000_000), 9)
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset(
+            "layers/a/vars/0", (1024,), "f4", chunks=(1024,), compression="gzip"
+        )
+        dataset.id.write_direct_chunk((0,), bomb)
+    assert len(bomb) < 4096
+    with pytest.raises(CheckpointFormatError, match="unpacks to more than its 4,096 bytes"):
+        wavg.load(path)
+
+
+def test_a_chunk_larger_than_it_can_be_is_refused(tmp_path):
+    path = f"{tmp_path}/m.weights.h5"
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset(
+            "layers/a/vars/0", (1024,), "f4", chunks=(1024,), compression="gzip"
+        )
+        dataset.id.write_direct_chunk((0,), np.random.default_rng(0).bytes(50_000))
+    with pytest.raises(CheckpointFormatError, match="more bytes than it can have"):
+        wavg.load(path)
+
+
+def test_a_float_type_that_only_resembles_one_is_refused(tmp_path):
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(31, 22, 9, 0, 22)
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        group = file.create_group("layers/a/vars")
+        space = h5py.h5s.create_simple((3,))
+        h5py.h5d.create(group.id, b"0", kind, space).write(
+            h5py.h5s.ALL, h5py.h5s.ALL, np.float32([1, 2, 3])
+        )
+    with pytest.raises(CheckpointFormatError, match=r"not a plain number|only resembles"):
+        wavg.load(tmp_path / "m.weights.h5")
+
+
+def test_an_impossible_shape_of_nothing_is_refused(tmp_path):
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        file.create_dataset("layers/a/vars/0", (0, 1 << 62), "f4")
+    with pytest.raises(CheckpointFormatError, match="no array can have"):
+        wavg.load(tmp_path / "m.weights.h5")
+
+
 def test_chunks_far_larger_than_their_tensor_are_refused(tmp_path):
     path = f"{tmp_path}/m.weights.h5"
     with h5py.File(path, "w") as file:

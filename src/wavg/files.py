@@ -231,8 +231,8 @@ def average_checkpoints(
     Notes
     -----
     Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once, to nearest even. Each
-    input is read once (``.npz`` twice, for its checksums), the output written once, in blocks;
-    memory does not depend on the size of the tensors. The output appears under its name only when
+    input is read once (``.npz`` and ``.keras`` twice, for their checksums), the output written
+    once, in blocks; memory does not depend on the size of the tensors. The output appears under its name only when
     it is complete and on disk.
 
     Examples

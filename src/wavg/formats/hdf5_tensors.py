@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import math
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,9 @@ Array = npt.NDArray[Any]
 _CHUNK_CACHE = 2 << 20  # of one input; where a row of chunks is larger, each is unpacked often
 _CHUNKS_AT_ONCE = 256  # read by one call: the library takes some 4 KB for each
 _COPY_BYTES = 1 << 20
+_DEFLATE = 1
 # deflate, shuffle, Fletcher's checksum, and h5py's lzf
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+_FILTERS = {_DEFLATE: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 
 
 class Collector:
@@ -56,6 +58,8 @@ class Collector:
         layout = properties.get_layout()
         if layout not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT):
             raise self.bad(name, "is stored in other files or datasets, which are not read")
+        if math.prod(filter(None, spec.shape)) >= 1 << 62:
+            raise self.bad(name, f"has the shape {list(spec.shape)}, which no array can have")
         if not spec.size:
             return spec._replace(extent=Extent(0, 0, 0))
         if layout == h5py.h5d.CHUNKED:
@@ -98,6 +102,8 @@ class Collector:
         def check(info: Any) -> None:
             if info.byte_offset is None or info.byte_offset + info.size > self._size:
                 raise self.bad(spec.name, "has a chunk that reaches beyond the end of the file")
+            if info.size > chunk + chunk // 64 + 4096:
+                raise self.bad(spec.name, "has a chunk of more bytes than it can have")
 
         dataset.chunk_iter(check)
 
@@ -223,7 +229,16 @@ class BlockReader:
                         values = out[done : done + math.prod(shape)].view(dataset.dtype)
                         dataset.read_direct(values.reshape(shape), piece)
                         done += values.size
-            except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            except WavgError:
+                raise
+            except (
+                OSError,
+                RuntimeError,
+                ValueError,
+                TypeError,
+                KeyError,
+                zlib.error,
+            ) as error:
                 raise CheckpointFormatError(
                     f"{path}: {spec.name} cannot be read: {error}", path=path, tensor=spec.name
                 ) from error
@@ -238,10 +253,34 @@ class BlockReader:
         chunk = math.prod(shape) * dataset.dtype.itemsize
         across = math.prod(_counts(dataset.shape, shape)[1:])
         self._rows = shape[0] * max(1, _CHUNKS_AT_ONCE // across)
+        self._refuse_bombs(name, dataset, properties, chunk)
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
         access.set_chunk_cache(521, _cache_bytes(chunk, across * chunk), 1.0)
         name = self._stored[name]
         return h5py.Dataset(h5py.h5d.open(self._file.id, name.encode(), access))
+
+    def _refuse_bombs(self, name: str, dataset: Any, properties: Any, chunk: int) -> None:
+        """Unpack deflated chunks within bounds: HDF5 itself goes on until their data end."""
+        filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+        if _DEFLATE not in filters:
+            return
+        skipped = 1 << filters.index(_DEFLATE)
+        path = self._source.path
+
+        def check(info: Any) -> None:
+            if not info.filter_mask & skipped:
+                unpacked = zlib.decompressobj().decompress(
+                    read(info.byte_offset, info.size), chunk + 1
+                )
+                if len(unpacked) > chunk:
+                    raise CheckpointFormatError(
+                        f"{path}: {name} has a chunk that unpacks to more than its {chunk:,} bytes",
+                        path=path,
+                        tensor=name,
+                    )
+
+        with self._source.reader() as read:
+            dataset.chunk_iter(check)
 
     def close(self) -> None:
         """Do as `wavg.checkpoint.BlockReader.close` says."""
