@@ -232,8 +232,8 @@ def average_checkpoints(
     -----
     Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once, to nearest even. Each
     input is read once (``.npz`` and ``.keras`` twice, for their checksums), the output written
-    once, in blocks; memory does not depend on the size of the tensors. The output appears under its name only when
-    it is complete and on disk.
+    once, in blocks; memory does not depend on the size of the tensors. The output appears under its
+    name only when it is complete and on disk.
 
     Examples
     --------
