@@ -37,7 +37,7 @@ NAMES = "wavg_names"  # tensors' names and order, where a layout itself cannot s
 MOST_OBJECTS = 1_000_000
 _DEEPEST = 32
 _ATTRIBUTE_LIMIT = 64512  # an object header's; longer lists are split into name0, name1, …
-_METADATA_CACHE = 1 << 20
+_CACHE = 1 << 20  # of metadata, and of chunks by default: HDF5 itself would take many MiB
 
 
 class Source(NamedTuple):
@@ -115,16 +115,16 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
         with contextlib.ExitStack() as stack:
             # No HDF5 locks: a child process started meanwhile would inherit them.
             if source.base == 0 and source.size is None:
-                file = stack.enter_context(h5py.File(path, mode, locking=False))
+                file = stack.enter_context(h5py.File(path, mode, locking=False, rdcc_nbytes=_CACHE))
             else:
                 how = "rb" if mode == "r" else "r+b"
                 raw = stack.enter_context(open(path, how, buffering=0))
                 window = _Window(raw, source.base, source.length())
                 if mode == "w":
                     window.truncate(0)
-                file = stack.enter_context(h5py.File(window, mode))
+                file = stack.enter_context(h5py.File(window, mode, rdcc_nbytes=_CACHE))
             config = file.id.get_mdc_config()  # by default the cache of metadata may take 32 MiB
-            config.initial_size = config.min_size = config.max_size = _METADATA_CACHE
+            config.initial_size = config.min_size = config.max_size = _CACHE
             config.set_initial_size = True
             file.id.set_mdc_config(config)
             yield file

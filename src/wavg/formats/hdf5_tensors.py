@@ -31,6 +31,7 @@ __all__ = ["BlockReader", "Collector", "boxes", "same_layout", "signature"]
 Array = npt.NDArray[Any]
 
 _CHUNK_CACHE = 2 << 20  # of one input; where a row of chunks is larger, each is unpacked often
+_OPEN_BYTES = 2 << 20  # that the library takes for a file with many chunks
 _CHUNKS_AT_ONCE = 256  # read by one call: the library takes some 4 KB for each
 _COPY_BYTES = 1 << 20
 _DEFLATE = 1
@@ -97,7 +98,8 @@ class Collector:
         if expected != written or expected > MOST_OBJECTS:
             raise self.bad(spec.name, f"has {written:,} of its {expected:,} chunks")
         row = math.prod(counts[1:]) * chunk
-        self.reader_bytes = max(self.reader_bytes, 2 * chunk + _cache_bytes(chunk, row))
+        needed = _OPEN_BYTES + 2 * chunk + _cache_bytes(chunk, row)
+        self.reader_bytes = max(self.reader_bytes, needed)
 
         def check(info: Any) -> None:
             if info.byte_offset is None or info.byte_offset + info.size > self._size:
@@ -256,8 +258,9 @@ class BlockReader:
         self._refuse_bombs(name, dataset, properties, chunk)
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
         access.set_chunk_cache(521, _cache_bytes(chunk, across * chunk), 1.0)
-        name = self._stored[name]
-        return h5py.Dataset(h5py.h5d.open(self._file.id, name.encode(), access))
+        del dataset, properties  # while it is open, its cache is that of its first opening
+        stored = self._stored[name].encode()
+        return h5py.Dataset(h5py.h5d.open(self._file.id, stored, access))
 
     def _refuse_bombs(self, name: str, dataset: Any, properties: Any, chunk: int) -> None:
         """Unpack deflated chunks within bounds: HDF5 itself goes on until their data end."""
