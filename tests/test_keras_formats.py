@@ -18,6 +18,7 @@ import wavg
 from contract import FormatContract, assert_same, read_bytes, smallest_budget
 from wavg import CheckpointFormatError
 from wavg.formats import hdf5, zips
+from wavg.opening import opened
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.weights.h5"
@@ -271,6 +272,27 @@ def test_files_of_one_layout_are_parsed_once(tmp_path, monkeypatch):
         parsed.clear()
         wavg.average_checkpoints(files)
         assert [source.path for source in parsed] == [files[0]]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_files_of_one_layout_share_what_lies_beside_the_model(tmp_path, isolate):
+    slots = {f"optimizer/vars/{n}": np.full(2, n, "f4") for n in range(2, 500)}
+    for step in range(1, 41):
+        write_weights(f"{tmp_path}/m_{step}.weights.h5", model(step) | slots, step)
+        with h5py.File(f"{tmp_path}/m_{step}.weights.h5", "a") as h5:
+            h5.attrs["text"] = "of all"
+    if isolate:  # of another layout, in bytes: parsed, and equal
+        with open(f"{tmp_path}/m_20.weights.h5", "ab") as file:
+            file.write(b"\0")
+    paths = [f"{tmp_path}/m_{step}.weights.h5" for step in (19, 20)]
+    with opened(paths, None, isolate) as (first, second):
+        assert len(first.index.others) == 500
+        assert second.index.others is first.index.others
+        assert second.index.tensors is first.index.tensors
+        assert second.index.metadata is first.index.metadata
+    one = wavg.plan_average(paths[:1], isolate=isolate).projected_memory
+    many = wavg.plan_average(tmp_path, isolate=isolate).projected_memory
+    assert many - one < 5 << 20
 
 
 def test_a_layout_that_differs_in_one_byte_is_parsed_again(tmp_path):
