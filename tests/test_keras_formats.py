@@ -631,6 +631,33 @@ def test_members_that_overlap_are_refused(tmp_path):
         wavg.load(path)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_directory_too_large_is_refused_unread(tmp_path, wide):
+    path, size = f"{tmp_path}/m.npz", 1 << 30
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, 0xFFFFFFFF if wide else size, 4, 0)
+    if wide:
+        more = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size, 4)
+        end = more + struct.pack("<4sIQI", b"PK\6\7", 0, 4 + size, 1) + end
+    with open(path, "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(4 + size)  # a sparse file
+        file.seek(4 + size)
+        file.write(end)
+    with pytest.raises(CheckpointFormatError, match="directory claims 1,073,741,824 bytes"):
+        wavg.load(path)
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    path = f"{tmp_path}/m.npz"
+    np.savez(path, a=np.ones(1), b=np.ones(1), c=np.ones(1))
+    monkeypatch.setattr(zips, "_MOST_MEMBERS", 3)
+    assert len(wavg.load(path)) == 3
+    monkeypatch.setattr(zips, "_MOST_MEMBERS", 2)
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # not one is made
+    with pytest.raises(CheckpointFormatError, match="more than 2 members"):
+        wavg.load(path)
+
+
 def renaming(name):
     def edit(content):
         content["weight_map"]["/layers/dense/vars"] = name
