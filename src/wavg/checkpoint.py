@@ -32,11 +32,13 @@ __all__ = [
     "Sink",
     "TensorSpec",
     "crc32",
+    "has_array",
     "identify",
     "read_exactly",
 ]
 
 Array = npt.NDArray[Any]
+_MOST_DIMENSIONS = 64  # NumPy's limit
 
 
 class Checksum(NamedTuple):
@@ -95,6 +97,15 @@ class TensorSpec(NamedTuple):
     def describe(self) -> str:
         """Return dtype and shape in short, ``float32[2, 25]``."""
         return f"{self.dtype}{list(self.shape)}" + (" in Fortran order" if self.fortran else "")
+
+
+def has_array(shape: Sequence[int], bits: int) -> bool:
+    """Whether an array can have this shape, of numbers of so many bits, even if it is empty.
+
+    >>> has_array((0, 2**30), 32), has_array((0, 2**62), 32)
+    (True, False)
+    """
+    return len(shape) <= _MOST_DIMENSIONS and math.prod(filter(None, shape)) * bits < 1 << 66
 
 
 class FileIdentity(NamedTuple):
