@@ -16,7 +16,7 @@ import pytest
 
 import wavg
 from contract import FormatContract, assert_same, read_bytes, smallest_budget
-from wavg import CheckpointFormatError
+from wavg import CheckpointFormatError, stream
 from wavg.formats import hdf5, zips
 from wavg.opening import opened
 
@@ -749,7 +749,27 @@ def test_shards_that_exist_are_never_replaced(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_shards_already_published_are_withdrawn_when_another_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_shard_that_appears_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, overwrite):
+    paths = [sharded(str(tmp_path), step) for step in (1, 2)]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    mine, original = tmp_path / "average_00001.weights.h5", stream.run
+
+    def appear(*arguments, **options):
+        mine.write_bytes(b"mine")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stream, "run", appear)
+    with pytest.raises(wavg.OutputExistsError, match=mine.name):
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json", overwrite=overwrite)
+    assert mine.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, mine.name])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_shards_already_published_are_withdrawn_when_another_fails(
+    tmp_path, monkeypatch, overwrite
+):
     from wavg.publish import AtomicFile
 
     paths = [sharded(str(tmp_path), step) for step in (1, 2)]
@@ -763,7 +783,7 @@ def test_shards_already_published_are_withdrawn_when_another_fails(tmp_path, mon
 
     monkeypatch.setattr(AtomicFile, "commit", commit)
     with pytest.raises(wavg.OutputError, match="no room"):
-        wavg.average_checkpoints(paths, tmp_path / "average.weights.json")
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json", overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
