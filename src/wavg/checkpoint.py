@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -312,8 +313,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Return the open descriptor of one of the files, for copying from."""
         return self._descriptors[file]
 
-    def verify_checksum(self, checksum: Checksum) -> int:
+    def verify_checksum(self, checksum: Checksum, stop: threading.Event | None = None) -> int:
         """Read what a checksum is of, compare, and return the number of bytes.
+
+        Once `stop` is set it returns early, whatever the bytes are.
 
         Raises
         ------
@@ -321,8 +324,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             The bytes are not those the checksum was made of.
         """
         path = self.index.files[checksum.extent.file].path
-        value = crc32(self._descriptors[checksum.extent.file], checksum.extent)
-        if value != checksum.value:
+        value = crc32(self._descriptors[checksum.extent.file], checksum.extent, stop)
+        if value != checksum.value and not (stop is not None and stop.is_set()):
             raise CheckpointFormatError(
                 f"{path}: {checksum.name} is damaged: its bytes do not give the CRC-32 that the "
                 "file records for them",
@@ -375,10 +378,10 @@ def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
     return True
 
 
-def crc32(descriptor: int, extent: Extent) -> int:
-    """Return the CRC-32 of a part of an open file, or of what is left of it."""
+def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:
+    """Return the CRC-32 of a part of an open file, or of what is read of it before `stop`."""
     value, position, end = 0, extent.offset, extent.offset + extent.length
-    while position < end:
+    while position < end and not (stop is not None and stop.is_set()):
         data = os.pread(descriptor, min(_COPY_BYTES, end - position), position)
         if not data:
             break
