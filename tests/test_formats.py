@@ -527,6 +527,28 @@ def test_names_hdf5_cannot_hold_are_refused(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["model_weights/k", "optimizer_weights/k/v"])
+def test_names_of_keras_own_groups_are_refused(tmp_path, name):
+    with pytest.raises(wavg.OutputError, match="cannot hold the name") as caught:
+        wavg.save(tmp_path / "m.h5", {name: np.ones(2)})
+    assert caught.value.tensor == name
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_like_those_of_keras_own_groups_are_kept(tmp_path):
+    tensors = {"model_weights": np.ones(2), "a/model_weights": np.ones(1), "b": np.ones(3)}
+    wavg.save(tmp_path / "m.h5", tensors, metadata={"names": "x"})
+    assert_same(wavg.load(tmp_path / "m.h5"), tensors)
+
+
+@pytest.mark.parametrize("key", ["wavg_names", "wavg_names0", "layer_names", "layer_names12"])
+def test_metadata_where_names_are_kept_is_refused(tmp_path, key):
+    with pytest.raises(wavg.OutputError, match="cannot hold metadata named") as caught:
+        wavg.save(tmp_path / "m.h5", {"a/b": np.ones(2)}, metadata={key: "x"})
+    assert str(tmp_path / "m.h5") in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_is_also_a_group_is_refused(tmp_path):
     with pytest.raises(wavg.OutputError, match="cannot hold 'a/b/c' beside"):
         wavg.save(tmp_path / "m.h5", {"a/b": np.ones(2), "a/b/c": np.ones(2)})
