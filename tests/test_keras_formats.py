@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import struct
 import zipfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -195,6 +197,24 @@ def test_another_dtype_and_no_optimizer(run, kind, tmp_path, optimizer, dtype):
             content = json.load(file)
         sizes = [np.asarray(v).nbytes for v in ours.values() if not isinstance(v, dict)]
         assert content["metadata"]["total_size"] == sum(sizes)
+
+
+def test_an_executor_of_processes_makes_the_same_bytes(run, kind, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    for name in ("threads", "processes"):
+        (tmp_path / name).mkdir()
+    outputs = [output_of(tmp_path / name, kind, "a") for name in ("threads", "processes")]
+    with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2, mp_context=spawn) as processes:
+        for output, executor in zip(outputs, (threads, processes), strict=True):
+            wavg.average_checkpoints(run, output, executor=executor)
+        arrays = wavg.average_checkpoints(run, executor=processes)
+    right, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("threads", "processes")
+    )
+    assert right == found
+    assert len(right) == (3 if kind == "shards" else 1)
+    assert_same(arrays, wavg.load(outputs[0]))
 
 
 def test_every_truncation_of_a_file_is_noticed(run, kind):
