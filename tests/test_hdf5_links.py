@@ -102,6 +102,13 @@ def test_a_node_that_is_a_child_twice_gives_no_order():
     assert order(bytes(data)) == []
 
 
+def test_two_members_of_one_name_give_no_order():
+    data = bytearray(written(lambda file: create(file, ["b", "a"])))
+    entries = data.index(b"SNOD") + 8
+    data[entries : entries + 8] = data[entries + 40 : entries + 48]
+    assert order(bytes(data)) == []
+
+
 def test_two_groups_of_one_tree_of_nodes_give_no_order():
     data = bytearray(written(lambda file: create(file, ["a/x", "b/x"])))
     group = data.index(b"SNOD") + 8

@@ -12,7 +12,7 @@ what is right to read is for others to say.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Read", "linked_order"]
 
@@ -108,8 +108,9 @@ class _Nodes:
             members.append((names[place:end].decode(), kind, its_tree, its_heap))
         return members
 
-    def _below(self, tree: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield the entries below a B-tree's node, whatever their order."""
+    def _below(self, tree: int) -> Iterable[tuple[int, int, int, int, int]]:
+        """Return the entries below a B-tree's node, whatever their order; no two have one name."""
+        found: dict[int, tuple[int, int, int, int, int]] = {}
         pending = [tree]
         while pending:
             node = pending.pop()
@@ -125,6 +126,10 @@ class _Nodes:
                 self._entries -= used
                 if self._entries < 0:
                     raise _Unexpected
-                yield from _ENTRY.iter_unpack(self._read(node + 8, used * _ENTRY.size))
+                for entry in _ENTRY.iter_unpack(self._read(node + 8, used * _ENTRY.size)):
+                    if entry[0] in found:  # as where nodes overlap
+                        raise _Unexpected
+                    found[entry[0]] = entry
             else:
                 raise _Unexpected
+        return found.values()
