@@ -399,7 +399,7 @@ def test_more_inputs_than_the_limit_on_open_files(tmp_path):
     np.testing.assert_array_equal(result["w"], [74.5])
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".npz"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".h5", ".weights.h5", ".npz"])
 def test_an_executor_of_processes_makes_the_same_bytes(run, tmp_path, suffix):
     rng = np.random.default_rng(0)
     models = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import struct
+import threading
+import time
 import zipfile
 
 import h5py
@@ -18,6 +21,7 @@ import safetensors.numpy
 import wavg
 from contract import FormatContract, assert_same
 from wavg import CheckpointFormatError
+from wavg.opening import verify_checksums
 
 
 class TestSafetensors(FormatContract):
@@ -121,6 +125,7 @@ BAD_SAFETENSORS = {
     "size that is not shape × dtype": ({"data": bytes(8)}, {"w": entry(shape=(3,))}, "12 bytes"),
     "overflowing shape": ({"data": bytes(8)}, {"w": entry(shape=(2**62, 2**62))}, "but has 8"),
     "negative shape": ({"data": bytes(8)}, {"w": entry(shape=(-2,))}, "has the shape"),
+    "an empty shape too large": ({}, {"w": entry(shape=(0, 2**61), offsets=(0, 0))}, "no array"),
     "fractional shape": ({"data": bytes(8)}, {"w": entry(shape=(2.0,))}, "has the shape"),
     "boolean shape": ({"data": bytes(4)}, {"w": entry(shape=(True,), offsets=(0, 4))}, "shape"),
     "boolean shape, equal to one before": (
@@ -161,9 +166,10 @@ def test_unsound_safetensors_are_refused(tmp_path, case):
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         wavg.load(path)
     assert str(path) in str(caught.value)
-    # Of duplicate names the reference reader takes the last; it has no limit on dimensions, and
-    # passes over fields it does not know.
-    if case not in ("duplicate names", "more dimensions than an array has", "a field too many"):
+    # Of duplicate names the reference reader takes the last; it has no limit on dimensions nor
+    # on those of an empty tensor, and passes over fields it does not know.
+    lenient = ("duplicate names", "more dimensions than an array has", "a field too many")
+    if case not in (*lenient, "an empty shape too large"):
         with pytest.raises(safetensors.SafetensorError):
             safetensors.safe_open(path, "np")
 
@@ -287,6 +293,7 @@ def npy(array=None, header=None) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(raw)) + raw
 
 
+HEADER = "{{'descr': '<f4', 'fortran_order': False, 'shape': {}}}"
 BAD_NPZ = {
     "object dtype": ([("a.npy", npy(np.array([{}], object)))], "not a plain number"),
     "not an array": ([("a.npy", b"hello, this is text")], "is not an .npy array"),
@@ -305,6 +312,14 @@ BAD_NPZ = {
     "negative shape": (
         [("a.npy", npy(header="{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}"))],
         "has the shape",
+    ),
+    "an empty shape too large": (
+        [("a.npy", npy(header=HEADER.format((0, 1 << 61))))],
+        "no array can have",
+    ),
+    "more dimensions than an array has": (
+        [("a.npy", npy(header=HEADER.format((0,) * 65)))],
+        "no array can have",
     ),
     "unmarked bfloat16": (
         [("a.npy", npy(np.ones(2, ml_dtypes.bfloat16)))],
@@ -334,6 +349,35 @@ def test_a_zip_with_a_wrong_checksum_is_refused(tmp_path):
     (tmp_path / "m.npz").write_bytes(raw)
     with pytest.raises(CheckpointFormatError, match="CRC"):
         wavg.load(tmp_path / "m.npz")
+
+
+def test_an_interrupt_does_not_wait_for_the_checksums_in_hand(tmp_path, monkeypatch):
+    np.savez(tmp_path / "m.npz", a=np.zeros(100), b=np.zeros(100))
+    with wavg.open_checkpoint(tmp_path / "m.npz") as checkpoint:
+        second, begun = checkpoint.index.checksums[1], threading.Event()
+        original = os.pread
+        endless = second._replace(extent=second.extent._replace(length=1 << 62))
+        checkpoint.index = dataclasses.replace(
+            checkpoint.index, checksums=(checkpoint.index.checksums[0], endless)
+        )
+        deadline = time.monotonic() + 20
+
+        def pread(descriptor, size, offset):
+            if offset >= second.extent.offset:
+                begun.set()
+                assert time.monotonic() < deadline, "nobody stopped it"
+                return bytes(1000)
+            return original(descriptor, size, offset)
+
+        def interrupt(size):
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "pread", pread)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            verify_checksums([checkpoint], 2, interrupt)
+        assert time.monotonic() - started < 15
 
 
 def test_duplicate_and_bomb_members_are_refused(tmp_path):
@@ -480,6 +524,28 @@ def test_lists_of_names_longer_than_an_object_header_are_split(tmp_path):
 def test_names_hdf5_cannot_hold_are_refused(tmp_path, name):
     with pytest.raises(wavg.OutputError, match="cannot hold"):
         wavg.save(tmp_path / "m.h5", {name: np.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model_weights/k", "optimizer_weights/k/v"])
+def test_names_of_keras_own_groups_are_refused(tmp_path, name):
+    with pytest.raises(wavg.OutputError, match="cannot hold the name") as caught:
+        wavg.save(tmp_path / "m.h5", {name: np.ones(2)})
+    assert caught.value.tensor == name
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_like_those_of_keras_own_groups_are_kept(tmp_path):
+    tensors = {"model_weights": np.ones(2), "a/model_weights": np.ones(1), "b": np.ones(3)}
+    wavg.save(tmp_path / "m.h5", tensors, metadata={"names": "x"})
+    assert_same(wavg.load(tmp_path / "m.h5"), tensors)
+
+
+@pytest.mark.parametrize("key", ["wavg_names", "wavg_names0", "layer_names", "layer_names12"])
+def test_metadata_where_names_are_kept_is_refused(tmp_path, key):
+    with pytest.raises(wavg.OutputError, match="cannot hold metadata named") as caught:
+        wavg.save(tmp_path / "m.h5", {"a/b": np.ones(2)}, metadata={key: "x"})
+    assert str(tmp_path / "m.h5") in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wavg.formats import hdf5_links
 from wavg.formats.hdf5_links import linked_order
 
 
@@ -87,6 +88,49 @@ def test_a_group_that_is_its_own_member_gives_no_order():
         group["back"] = group.parent
 
     assert order(written(fill)) == []
+
+
+def test_a_node_that_is_a_child_twice_gives_no_order():
+    names = [f"m{n}" for n in range(100)]
+    data = bytearray(written(lambda file: create(file, names)))
+    assert order(bytes(data)) == names
+    tree = data.index(b"TREE")
+    used = int.from_bytes(data[tree + 6 : tree + 8], "little")
+    assert used > 2
+    first = data[tree + 32 : tree + 40]
+    data[tree + 48 : tree + 56] = first
+    assert order(bytes(data)) == []
+
+
+def test_two_members_of_one_name_give_no_order():
+    data = bytearray(written(lambda file: create(file, ["b", "a"])))
+    entries = data.index(b"SNOD") + 8
+    data[entries : entries + 8] = data[entries + 40 : entries + 48]
+    assert order(bytes(data)) == []
+
+
+def test_two_groups_of_one_tree_of_nodes_give_no_order():
+    data = bytearray(written(lambda file: create(file, ["a/x", "b/x"])))
+    group = data.index(b"SNOD") + 8
+    assert order(bytes(data)) == ["a", "a/x", "b", "b/x"]
+    data[group + 64 : group + 72] = data[group + 24 : group + 32]
+    assert order(bytes(data)) == []
+
+
+@pytest.mark.parametrize("limit", ["_MOST", "_MOST_NAME_BYTES"])
+def test_the_budget_is_that_of_the_whole_walk(monkeypatch, limit):
+    names = [f"{group}{n}/{n}" for group in "abc" for n in range(40)]
+    data = written(lambda file: create(file, names))
+    assert len(order(data)) == 240
+    monkeypatch.setattr(hdf5_links, limit, 230 if limit == "_MOST" else 5000)
+    assert order(data) == []
+    assert order(written(lambda file: create(file, names[:10]))) != []
+
+
+@pytest.mark.parametrize("length", [60_000, 66_000])
+def test_a_very_long_name_gives_no_order(length):
+    data = written(lambda file: create(file, ["x" * length, "a"]))
+    assert len(order(data)) == (2 if length < 1 << 16 else 0)
 
 
 @pytest.mark.parametrize("signature", [b"TREE", b"SNOD", b"HEAP"])

@@ -62,8 +62,8 @@ def read_index(path, *, opaque_dtype, like):
     elif words[0] == "talk":
         raise CheckpointFormatError("x" * int(words[1]), path=path, tensor="w")
     elif words[0] == "swap":
-        return Index("hostile", (FileIdentity("/etc/passwd", 1, 1, 1, 1),), ())
-    return Index("hostile", (identify(path),), (), metadata={"text": "y" * 1000})
+        return Index("keras-h5", (FileIdentity("/etc/passwd", 1, 1, 1, 1),), ())
+    return Index("keras-h5", (identify(path),), (), metadata={"text": "y" * 1000})
 """
 
 
@@ -322,7 +322,7 @@ def test_an_answer_without_end_is_not_read(hostile, reader, monkeypatch):
 
 def test_what_a_library_prints_is_no_answer(hostile, reader):
     module, path = hostile("print")
-    assert reader.read_index(module, path).format == "hostile"
+    assert reader.read_index(module, path).format == "keras-h5"
 
 
 def test_a_process_killed_between_files_is_replaced(reader):
@@ -499,6 +499,10 @@ def tensor(*parts):
         "9" * 5000,
         changed(more=1),
         changed(format=1),
+        changed(format="keras-h6"),
+        changed(format="npz"),
+        tensor("w", "float32", [0, 2**62], [0, 10, 0], False),
+        tensor("w", "float32", [0] * 65, [0, 10, 0], False),
         changed(files=[]),
         changed(files={}),
         changed(files=[["d/m.h5", 100, 1, 2]]),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -17,8 +19,9 @@ import pytest
 
 import wavg
 from contract import FormatContract, assert_same, read_bytes, smallest_budget
-from wavg import CheckpointFormatError
+from wavg import CheckpointFormatError, stream
 from wavg.formats import hdf5, zips
+from wavg.opening import opened
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.weights.h5"
@@ -197,6 +200,24 @@ def test_another_dtype_and_no_optimizer(run, kind, tmp_path, optimizer, dtype):
         assert content["metadata"]["total_size"] == sum(sizes)
 
 
+def test_an_executor_of_processes_makes_the_same_bytes(run, kind, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    for name in ("threads", "processes"):
+        (tmp_path / name).mkdir()
+    outputs = [output_of(tmp_path / name, kind, "a") for name in ("threads", "processes")]
+    with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2, mp_context=spawn) as processes:
+        for output, executor in zip(outputs, (threads, processes), strict=True):
+            wavg.average_checkpoints(run, output, executor=executor)
+        arrays = wavg.average_checkpoints(run, executor=processes)
+    right, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("threads", "processes")
+    )
+    assert right == found
+    assert len(right) == (3 if kind == "shards" else 1)
+    assert_same(arrays, wavg.load(outputs[0]))
+
+
 def test_every_truncation_of_a_file_is_noticed(run, kind):
     whole = read_bytes(run[0])
     for length in range(0, len(whole), max(1, len(whole) // 100)):
@@ -295,6 +316,27 @@ def test_files_of_one_layout_are_parsed_once(tmp_path, monkeypatch):
         parsed.clear()
         wavg.average_checkpoints(files)
         assert [source.path for source in parsed] == [files[0]]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_files_of_one_layout_share_what_lies_beside_the_model(tmp_path, isolate):
+    slots = {f"optimizer/vars/{n}": np.full(2, n, "f4") for n in range(2, 500)}
+    for step in range(1, 41):
+        write_weights(f"{tmp_path}/m_{step}.weights.h5", model(step) | slots, step)
+        with h5py.File(f"{tmp_path}/m_{step}.weights.h5", "a") as h5:
+            h5.attrs["text"] = "of all"
+    if isolate:  # of another layout, in bytes: parsed, and equal
+        with open(f"{tmp_path}/m_20.weights.h5", "ab") as file:
+            file.write(b"\0")
+    paths = [f"{tmp_path}/m_{step}.weights.h5" for step in (19, 20)]
+    with opened(paths, None, isolate) as (first, second):
+        assert len(first.index.others) == 500
+        assert second.index.others is first.index.others
+        assert second.index.tensors is first.index.tensors
+        assert second.index.metadata is first.index.metadata
+    one = wavg.plan_average(paths[:1], isolate=isolate).projected_memory
+    many = wavg.plan_average(tmp_path, isolate=isolate).projected_memory
+    assert many - one < 5 << 20
 
 
 def test_a_layout_that_differs_in_one_byte_is_parsed_again(tmp_path):
@@ -710,6 +752,33 @@ def test_members_that_overlap_are_refused(tmp_path):
         wavg.load(path)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_directory_too_large_is_refused_unread(tmp_path, wide):
+    path, size = f"{tmp_path}/m.npz", 1 << 30
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, 0xFFFFFFFF if wide else size, 4, 0)
+    if wide:
+        more = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size, 4)
+        end = more + struct.pack("<4sIQI", b"PK\6\7", 0, 4 + size, 1) + end
+    with open(path, "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(4 + size)  # a sparse file
+        file.seek(4 + size)
+        file.write(end)
+    with pytest.raises(CheckpointFormatError, match="directory claims 1,073,741,824 bytes"):
+        wavg.load(path)
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    path = f"{tmp_path}/m.npz"
+    np.savez(path, a=np.ones(1), b=np.ones(1), c=np.ones(1))
+    monkeypatch.setattr(zips, "_MOST_MEMBERS", 3)
+    assert len(wavg.load(path)) == 3
+    monkeypatch.setattr(zips, "_MOST_MEMBERS", 2)
+    monkeypatch.setattr(zipfile, "ZipInfo", None)  # not one is made
+    with pytest.raises(CheckpointFormatError, match="more than 2 members"):
+        wavg.load(path)
+
+
 def renaming(name):
     def edit(content):
         content["weight_map"]["/layers/dense/vars"] = name
@@ -723,6 +792,9 @@ BAD_MAPS = {
     "an absolute path": (renaming("/m.h5"), "no name of a shard"),
     "a backslash": (renaming("a\\m.h5"), "no name of a shard"),
     "a drive": (renaming("c:m.h5"), "no name of a shard"),
+    "no text": (renaming("\ud800.h5"), "no name of a shard"),
+    "a name too long": (renaming("ä" * 127 + ".h5"), "no name of a shard"),
+    "a very long name that may be": (renaming("ä" * 126 + ".h5"), "is missing"),
     "a number": (renaming(7), "no name of a shard"),
     "the wrong shard": (renaming("m_1_00001.weights.h5"), "lacks /layers/dense/vars"),
     "no map": (lambda content: content.pop("weight_map"), "no weight_map"),
@@ -798,7 +870,27 @@ def test_shards_that_exist_are_never_replaced(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_shards_already_published_are_withdrawn_when_another_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_shard_that_appears_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, overwrite):
+    paths = [sharded(str(tmp_path), step) for step in (1, 2)]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    mine, original = tmp_path / "average_00001.weights.h5", stream.run
+
+    def appear(*arguments, **options):
+        mine.write_bytes(b"mine")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stream, "run", appear)
+    with pytest.raises(wavg.OutputExistsError, match=mine.name):
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json", overwrite=overwrite)
+    assert mine.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, mine.name])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_shards_already_published_are_withdrawn_when_another_fails(
+    tmp_path, monkeypatch, overwrite
+):
     from wavg.publish import AtomicFile
 
     paths = [sharded(str(tmp_path), step) for step in (1, 2)]
@@ -812,7 +904,7 @@ def test_shards_already_published_are_withdrawn_when_another_fails(tmp_path, mon
 
     monkeypatch.setattr(AtomicFile, "commit", commit)
     with pytest.raises(wavg.OutputError, match="no room"):
-        wavg.average_checkpoints(paths, tmp_path / "average.weights.json")
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json", overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

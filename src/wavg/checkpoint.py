@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,11 +33,13 @@ __all__ = [
     "Sink",
     "TensorSpec",
     "crc32",
+    "has_array",
     "identify",
     "read_exactly",
 ]
 
 Array = npt.NDArray[Any]
+_MOST_DIMENSIONS = 64  # NumPy's limit
 
 
 class Checksum(NamedTuple):
@@ -95,6 +98,15 @@ class TensorSpec(NamedTuple):
     def describe(self) -> str:
         """Return dtype and shape in short, ``float32[2, 25]``."""
         return f"{self.dtype}{list(self.shape)}" + (" in Fortran order" if self.fortran else "")
+
+
+def has_array(shape: Sequence[int], bits: int) -> bool:
+    """Whether an array can have this shape, of numbers of so many bits, even if it is empty.
+
+    >>> has_array((0, 2**30), 32), has_array((0, 2**62), 32)
+    (True, False)
+    """
+    return len(shape) <= _MOST_DIMENSIONS and math.prod(filter(None, shape)) * bits < 1 << 66
 
 
 class FileIdentity(NamedTuple):
@@ -301,8 +313,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Return the open descriptor of one of the files, for copying from."""
         return self._descriptors[file]
 
-    def verify_checksum(self, checksum: Checksum) -> int:
+    def verify_checksum(self, checksum: Checksum, stop: threading.Event | None = None) -> int:
         """Read what a checksum is of, compare, and return the number of bytes.
+
+        Once `stop` is set it returns early, whatever the bytes are.
 
         Raises
         ------
@@ -310,8 +324,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             The bytes are not those the checksum was made of.
         """
         path = self.index.files[checksum.extent.file].path
-        value = crc32(self._descriptors[checksum.extent.file], checksum.extent)
-        if value != checksum.value:
+        value = crc32(self._descriptors[checksum.extent.file], checksum.extent, stop)
+        if value != checksum.value and not (stop is not None and stop.is_set()):
             raise CheckpointFormatError(
                 f"{path}: {checksum.name} is damaged: its bytes do not give the CRC-32 that the "
                 "file records for them",
@@ -364,10 +378,10 @@ def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
     return True
 
 
-def crc32(descriptor: int, extent: Extent) -> int:
-    """Return the CRC-32 of a part of an open file, or of what is left of it."""
+def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:
+    """Return the CRC-32 of a part of an open file, or of what is read of it before `stop`."""
     value, position, end = 0, extent.offset, extent.offset + extent.length
-    while position < end:
+    while position < end and not (stop is not None and stop.is_set()):
         data = os.pread(descriptor, min(_COPY_BYTES, end - position), position)
         if not data:
             break

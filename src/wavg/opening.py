@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from wavg.checkpoint import Checkpoint
@@ -67,12 +68,14 @@ def verify_checksums(
         return
     from concurrent.futures import ThreadPoolExecutor
 
+    stop = threading.Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
     try:
-        for size in pool.map(lambda pair: pair[0](pair[1]), pairs):
+        for size in pool.map(lambda pair: pair[0](pair[1], stop), pairs):
             if tick is not None:
                 tick(size)
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
 
 

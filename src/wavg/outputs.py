@@ -171,6 +171,7 @@ def _begun(parts: Sequence[Part], folder: str | None, overwrite: bool) -> Iterat
     """Begin the files of an output, and yield them and what is to be published."""
     with contextlib.ExitStack() as stack:
         if folder is None:
+            overwrite = overwrite and len(parts) == 1  # of several, none is replaced
             made = [stack.enter_context(AtomicFile(p.path, overwrite=overwrite)) for p in parts]
             yield made, made
         else:

@@ -391,8 +391,8 @@ def _fit(
 ) -> tuple[int, int, int]:
     """Choose block and workers for the budget; return them with the projected memory."""
     tables = {id(index.tensors): index.tensors for index in indexes}.values()
-    others = sum(len(index.others) for index in indexes)
-    fixed = _BASE_BYTES + _SPEC_BYTES * (sum(map(len, tables)) + others)
+    others = {id(index.others): index.others for index in indexes}.values()
+    fixed = _BASE_BYTES + _SPEC_BYTES * sum(map(len, (*tables, *others)))
     if any(name and name.startswith("keras") for name in (created, indexes[-1].format)):
         fixed += _HDF5_BYTES + sum(index.reader_bytes for index in indexes)
     if created is not None:

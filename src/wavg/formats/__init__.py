@@ -144,9 +144,10 @@ def open_file(
 ) -> Checkpoint:
     """Open a checkpoint, a file or a folder, whatever its format; its first bytes tell which.
 
-    The checkpoints of one run mostly have the same layout: an index equal to `like` shares its
-    list of tensors, so that a thousand checkpoints take the memory of one. With `isolate` the index
-    of a file that needs HDF5 is read in another process, which that library may crash or hang.
+    The checkpoints of one run mostly have the same layout: what an index has equal to `like`, its
+    lists of tensors and its texts, it shares, so that a thousand take the memory of one. With
+    `isolate` the index of a file that needs HDF5 is read in another process, which that library may
+    crash or hang.
 
     Raises
     ------
@@ -168,8 +169,13 @@ def open_file(
         index = isolated.read_index(row.module, path, opaque_dtype=opaque_dtype)
     else:
         index = load_module(row.name).read_index(path, opaque_dtype=opaque_dtype, like=like)
-    if like is not None and index.tensors == like.tensors:
-        index = dataclasses.replace(index, tensors=like.tensors)
+    if like is not None:
+        index = dataclasses.replace(
+            index,
+            tensors=like.tensors if index.tensors == like.tensors else index.tensors,
+            others=like.others if index.others == like.others else index.others,
+            metadata=like.metadata if index.metadata == like.metadata else index.metadata,
+        )
     if row.isolable and all(spec.extent is not None for spec in index.tensors):
         return Checkpoint(index)  # without h5py, which an isolated index spares this process
     return Checkpoint(index, getattr(load_module(index.format), "block_reader", None))

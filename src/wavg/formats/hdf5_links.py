@@ -12,7 +12,7 @@ what is right to read is for others to say.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Read", "linked_order"]
 
@@ -22,7 +22,8 @@ Read = Callable[[int, int], bytes]
 _SUPERBLOCK = b"\x89HDF\r\n\x1a\n"
 _ENTRY = struct.Struct("<QQI4xQQ")  # name's place in the heap, object, kind, B-tree, heap
 _IS_GROUP = 1  # of an entry's kinds: it knows its group's B-tree and heap
-_DEEPEST, _MOST, _LARGEST_HEAP = 32, 1 << 20, 1 << 26
+_DEEPEST, _MOST = 32, 1 << 20  # groups within groups; nodes, and members, of the whole file
+_MOST_NAME_BYTES, _LONGEST_NAME = 1 << 26, 1 << 16
 
 
 class _Unexpected(Exception):
@@ -61,9 +62,9 @@ def _walk(read: Read) -> Iterator[str]:
     _, _, kind, tree, heap = _ENTRY.unpack_from(head, start + 32)
     if base or kind != _IS_GROUP:
         raise _Unexpected
-    seen = {tree}
-    pending = [iter(_members(read, tree, heap))]
-    prefixes, count = [""], 0
+    nodes = _Nodes(read)  # of no two groups the same, which would make circles
+    pending = [iter(nodes.members(tree, heap))]
+    prefixes, path_bytes = [""], 0
     while pending:
         member = next(pending[-1], None)
         if member is None:
@@ -71,45 +72,64 @@ def _walk(read: Read) -> Iterator[str]:
             prefixes.pop()
             continue
         name, kind, tree, heap = member
-        count += 1
-        yield prefixes[-1] + name
+        path = prefixes[-1] + name
+        path_bytes += len(path)
+        if path_bytes > _MOST_NAME_BYTES:
+            raise _Unexpected
+        yield path
         if kind == _IS_GROUP:
-            if tree in seen or len(pending) > _DEEPEST or count > _MOST:
+            if len(pending) > _DEEPEST:
                 raise _Unexpected
-            seen.add(tree)
-            prefixes.append(f"{prefixes[-1]}{name}/")
-            pending.append(iter(_members(read, tree, heap)))
+            prefixes.append(f"{path}/")
+            pending.append(iter(nodes.members(tree, heap)))
 
 
-def _members(read: Read, tree: int, heap: int) -> list[tuple[str, int, int, int]]:
-    """Return the members of a group as they were linked: name, kind, B-tree and heap."""
-    signature, size, data = struct.unpack("<4s4xQ8xQ", read(heap, 32))
-    if signature != b"HEAP" or size > _LARGEST_HEAP:
-        raise _Unexpected
-    names, members = read(data, size), []
-    for place, _, kind, its_tree, its_heap in sorted(_entries(read, tree)):
-        end = names.find(b"\0", place)
-        if end < 0:
+class _Nodes:
+    """The nodes of a file's groups, each visited once, within one budget for all of them."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._seen: set[int] = set()
+        self._entries = _MOST
+        self._heap_bytes = self._name_bytes = _MOST_NAME_BYTES
+
+    def members(self, tree: int, heap: int) -> list[tuple[str, int, int, int]]:
+        """Return the members of a group as they were linked: name, kind, B-tree and heap."""
+        signature, size, data = struct.unpack("<4s4xQ8xQ", self._read(heap, 32))
+        self._heap_bytes -= size
+        if signature != b"HEAP" or self._heap_bytes < 0:
             raise _Unexpected
-        members.append((names[place:end].decode(), kind, its_tree, its_heap))
-    return members
+        names, members = self._read(data, size), []
+        for place, _, kind, its_tree, its_heap in sorted(self._below(tree)):
+            end = names.find(b"\0", place, place + _LONGEST_NAME + 1)
+            self._name_bytes -= end - place
+            if end < 0 or self._name_bytes < 0:
+                raise _Unexpected
+            members.append((names[place:end].decode(), kind, its_tree, its_heap))
+        return members
 
-
-def _entries(read: Read, tree: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield the entries below a B-tree's node, whatever their order."""
-    pending, steps = [tree], 0
-    while pending:
-        node = pending.pop()
-        steps += 1
-        head = read(node, 24)
-        if steps > _MOST:
-            raise _Unexpected
-        if head[:4] == b"TREE" and head[4] == 0:
+    def _below(self, tree: int) -> Iterable[tuple[int, int, int, int, int]]:
+        """Return the entries below a B-tree's node, whatever their order; no two have one name."""
+        found: dict[int, tuple[int, int, int, int, int]] = {}
+        pending = [tree]
+        while pending:
+            node = pending.pop()
+            head = self._read(node, 24)
+            if node in self._seen or len(self._seen) >= _MOST:
+                raise _Unexpected
+            self._seen.add(node)
             used = int.from_bytes(head[6:8], "little")
-            children = struct.unpack(f"<{2 * used}Q", read(node + 24, 16 * used))[1::2]
-            pending.extend(children)
-        elif head[:4] == b"SNOD":
-            used = int.from_bytes(head[6:8], "little")
-            yield from _ENTRY.iter_unpack(read(node + 8, used * _ENTRY.size))
-        else:
-            raise _Unexpected
+            if head[:4] == b"TREE" and head[4] == 0:
+                children = struct.unpack(f"<{2 * used}Q", self._read(node + 24, 16 * used))[1::2]
+                pending.extend(children)
+            elif head[:4] == b"SNOD":
+                self._entries -= used
+                if self._entries < 0:
+                    raise _Unexpected
+                for entry in _ENTRY.iter_unpack(self._read(node + 8, used * _ENTRY.size)):
+                    if entry[0] in found:  # as where nodes overlap
+                        raise _Unexpected
+                    found[entry[0]] = entry
+            else:
+                raise _Unexpected
+        return found.values()

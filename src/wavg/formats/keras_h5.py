@@ -7,6 +7,7 @@ its path below that group, ``dense/sequential/dense/kernel``: weight names alone
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,7 @@ def create(
         stored[spec.name] = f"{layer}/{weight}"
         _check_name(path, stored[spec.name])
         layers.setdefault(layer, []).append(weight)
+    _check_metadata(path, metadata)
     top = layers.pop(_TOP_LEVEL, [])
     with hdf5.opened(Source(path), "w") as file:
         for key, value in metadata.items():
@@ -167,3 +169,21 @@ def create(
 def _check_name(path: str, name: str) -> None:
     if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name or "\n" in name:
         raise OutputError(f"{path}: HDF5 cannot hold the name {name!r}", path=path, tensor=name)
+    layer, _, _ = name.partition("/")
+    if layer in (_MODEL, _OPTIMIZER):
+        raise OutputError(
+            f"{path}: Keras' .h5 files cannot hold the name {name!r}: {layer} stands for something "
+            "else in them",
+            path=path,
+            tensor=name,
+        )
+
+
+def _check_metadata(path: str, metadata: Mapping[str, str]) -> None:
+    for key in metadata:
+        if re.fullmatch(rf"({_NAMES}|layer_names)[0-9]*", key):
+            raise OutputError(
+                f"{path}: Keras' .h5 files cannot hold metadata named {key!r}: that is where the "
+                "names of tensors or layers are",
+                path=path,
+            )

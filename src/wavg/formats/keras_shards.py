@@ -22,6 +22,7 @@ __all__ = ["parts", "patch", "read_index", "renamed"]
 
 _LARGEST_MAP = 10 << 20
 _MOST_SHARDS = 100_000
+_LONGEST_NAME = 255  # bytes that a file system gives to a name
 _SUFFIX = ".weights.json"
 
 
@@ -94,7 +95,12 @@ def _shards_by_group(path: str, content: Mapping[str, Any]) -> dict[str, list[st
 
 
 def _is_sibling(name: str) -> bool:
-    return name.endswith(".h5") and not name.startswith(".") and not set(name) & set("/\\:\0")
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    plain = length <= _LONGEST_NAME and not set(name) & set("/\\:\0")
+    return plain and name.endswith(".h5") and not name.startswith(".")
 
 
 def _shard(path: str, shard: str, opaque_dtype: str | None) -> Index:

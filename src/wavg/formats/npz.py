@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
+from wavg.checkpoint import Checkpoint, Index, TensorSpec, has_array, identify
 from wavg.dtypes import dtype_of, lookup
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
 from wavg.extents import Extent
@@ -53,6 +53,8 @@ def _spec(
     name = member.name.removesuffix(".npy")
     dtype = _dtype(path, name, descr, opaque_dtype)
     spec = TensorSpec(name, dtype, shape, None, fortran and len(shape) > 1)
+    if not has_array(shape, spec.entry.bits):
+        raise zips.bad_member(path, name, f"has the shape {shape!r}, which no array can have")
     if header + spec.nbytes != member.length:
         raise zips.bad_member(
             path,

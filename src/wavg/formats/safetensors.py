@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wavg.checkpoint import FileIdentity, Index, TensorSpec, identify
+from wavg.checkpoint import FileIdentity, Index, TensorSpec, has_array, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
@@ -141,6 +141,8 @@ def _specs(path: str, header: Mapping[str, Any], base: int) -> tuple[TensorSpec,
         layout = layouts.get(alike := (code, *shape))
         if layout is None:
             kind = _BY_CODE[code]
+            if 0 in shape and not has_array(shape, kind.bits):
+                raise _bad(path, f"{name!r} has the shape {shape!r}, which no array can have", name)
             layout = layouts[alike] = kind.name, tuple(shape), math.prod(shape) * kind.bits
         dtype, dimensions, bits = layout
         start, end = offsets

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from wavg import errors
-from wavg.checkpoint import Index
+from wavg.checkpoint import Index, has_array
 from wavg.errors import CheckpointFormatError, MissingDependencyError, WavgError
 from wavg.extents import Extent
+from wavg.formats import FORMATS
 
 __all__ = ["decode", "encode", "encode_error"]
 
@@ -38,8 +39,8 @@ def encode(index: Index) -> str:
     """Return an index as one line: an object of its fields.
 
     >>> from wavg.checkpoint import FileIdentity
-    >>> encode(Index("npz", (FileIdentity("m.npz", 9, 8, 7, 6),), ()))
-    '{"format": "npz", "files": [["m.npz", 9, 8, 7, 6]], "tensors": [], ...}'
+    >>> encode(Index("keras", (FileIdentity("m.keras", 9, 8, 7, 6),), ()))
+    '{"format": "keras", "files": [["m.keras", 9, 8, 7, 6]], "tensors": [], ...}'
     """
     fields = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
     return json.dumps(fields, default=lambda v: v.hex() if isinstance(v, bytes) else dict(v))
@@ -97,6 +98,8 @@ def _checked(path: str, index: Index) -> Index:
             raise ValueError("bytes outside of the file")
     if len({spec.name for spec in index.tensors}) != len(index.tensors):
         raise ValueError("two tensors of one name")
+    if index.format not in {row.name for row in FORMATS if row.isolable}:
+        raise ValueError(f"the format {index.format!r}")
     if index.reader_bytes < 0:
         raise ValueError("less memory than none")
     for checksum in index.checksums:
@@ -105,7 +108,8 @@ def _checked(path: str, index: Index) -> Index:
             raise ValueError("checksums outside of the file")
     for spec in (*index.tensors, *index.others):
         length = spec.nbytes if spec.extent is None else spec.extent.length
-        if min(spec.shape, default=0) < 0 or spec.nbytes != length:
+        possible = min(spec.shape, default=0) >= 0 and has_array(spec.shape, spec.entry.bits)
+        if not possible or spec.nbytes != length:
             raise ValueError(f"{spec.name}, {spec.describe()}, of {length} bytes")
     return index
 

@@ -6,6 +6,7 @@ Archives are trusted in nothing. What they hold is never extracted, only read in
 from __future__ import annotations
 
 import collections
+import io
 import os
 import re
 import struct
@@ -23,7 +24,7 @@ __all__ = ["Layout", "Member", "NewMember", "bad_member", "is_safe", "lay_out", 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _LARGEST_RATIO = 100
 _COPY_BYTES = 1 << 20
-_MOST_MEMBERS = 1_000_000
+_MOST_MEMBERS, _LARGEST_DIRECTORY = 1_000_000, 64 << 20
 _STREAMED, _ENCRYPTED, _UTF8 = 8, 1, 0x800
 _WIDE = 0xFFFFFFFF
 _CHECKSUM_IN_LOCAL, _CHECKSUM_IN_CENTRAL = 14, 16
@@ -82,10 +83,8 @@ def read_members(path: str) -> list[Member]:
         compressions than deflate, contents that would unpack to more than 100 times their size.
     """
     try:
-        with open(path, "rb") as raw, zipfile.ZipFile(raw) as archive:
+        with _Bounded(path) as raw, zipfile.ZipFile(raw) as archive:
             infos = archive.infolist()
-            if len(infos) > _MOST_MEMBERS:
-                raise CheckpointFormatError(f"{path}: {len(infos):,} members", path=path)
             names = collections.Counter(info.filename for info in infos)
             members = []
             entry = archive.start_dir
@@ -106,6 +105,19 @@ def read_members(path: str) -> list[Member]:
         raise not_sound(path, error) from None
     _refuse_overlap(path, members)
     return members
+
+
+class _Bounded(io.FileIO):
+    """An archive's file for the zip library, which reads a directory at once, however large."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return so many bytes, unless that is more than a directory may have."""
+        if size is not None and size > _LARGEST_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size:,} bytes")
+        data = super().read(size) or b""
+        if data.count(b"PK\x01\x02") > _MOST_MEMBERS:
+            raise zipfile.BadZipFile(f"its directory has more than {_MOST_MEMBERS:,} members")
+        return data
 
 
 def not_sound(path: str, error: Exception) -> CheckpointFormatError:
