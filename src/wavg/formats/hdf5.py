@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import h5py
@@ -31,6 +32,7 @@ __all__ = [
     "opened",
     "texts",
     "write_names",
+    "write_texts",
 ]
 
 NAMES = "wavg_names"  # tensors' names and order, where a layout itself cannot say them
@@ -132,8 +134,17 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if mode != "r":
-            raise OutputError(f"cannot write {path}: {error}", path=path) from error
-        raise CheckpointFormatError(f"{path}: not a sound HDF5 file: {error}", path=path) from error
+            raise OutputError(f"cannot write {path}: {_reason(error)}", path=path) from error
+        raise CheckpointFormatError(
+            f"{path}: not a sound HDF5 file: {_reason(error)}", path=path
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say on one line what went wrong; HDF5 tells addresses and times of day besides."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split())
 
 
 def is_group(thing: Any) -> bool:
@@ -246,3 +257,15 @@ def write_names(group: Any, attribute: str, names: Sequence[str]) -> None:
         return
     for piece, start in enumerate(range(0, len(encoded), per_piece)):
         group.attrs[f"{attribute}{piece}"] = np.array(encoded[start : start + per_piece])
+
+
+def write_texts(path: str, group: Any, metadata: Mapping[str, str]) -> None:
+    """Write texts as attributes, unless lists of names have these for their own."""
+    for key, value in metadata.items():
+        if re.fullmatch(rf"({NAMES}|layer_names)[0-9]*", key):
+            raise OutputError(
+                f"{path}: Keras' files cannot hold metadata named {key!r}: that is where the "
+                "names of tensors or layers are",
+                path=path,
+            )
+        group.attrs[key] = value

@@ -7,7 +7,6 @@ its path below that group, ``dense/sequential/dense/kernel``: weight names alone
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,11 +148,9 @@ def create(
         stored[spec.name] = f"{layer}/{weight}"
         _check_name(path, stored[spec.name])
         layers.setdefault(layer, []).append(weight)
-    _check_metadata(path, metadata)
     top = layers.pop(_TOP_LEVEL, [])
     with hdf5.opened(Source(path), "w") as file:
-        for key, value in metadata.items():
-            file.attrs[key] = value
+        hdf5.write_texts(path, file, metadata)
         hdf5.write_names(file, "layer_names", list(layers))
         for layer, names in [*layers.items(), (_TOP_LEVEL, top)]:
             hdf5.write_names(file.require_group(layer), "weight_names", names)
@@ -177,13 +174,3 @@ def _check_name(path: str, name: str) -> None:
             path=path,
             tensor=name,
         )
-
-
-def _check_metadata(path: str, metadata: Mapping[str, str]) -> None:
-    for key in metadata:
-        if re.fullmatch(rf"({_NAMES}|layer_names)[0-9]*", key):
-            raise OutputError(
-                f"{path}: Keras' .h5 files cannot hold metadata named {key!r}: that is where the "
-                "names of tensors or layers are",
-                path=path,
-            )

@@ -212,13 +212,12 @@ def create(
     ((_, _, path),) = parts
     others = {spec.name for spec in divided(specs)[1]}
     with hdf5.opened(Source(path), "w") as file:
-        for key, value in metadata.items():
-            file.attrs[key] = value
+        hdf5.write_texts(path, file, metadata)
         hdf5.write_names(file, hdf5.NAMES, [spec.name for spec in specs])
         for spec in specs:
             steps = spec.name.split("/")
             bad = any(step in ("", ".", "..") for step in steps) or "\0" in spec.name
-            if bad or spec.name in others:
+            if bad or steps[0] == "model_weights" or spec.name in others:
                 raise OutputError(
                     f"{path}: a {_SUFFIX} file cannot hold the name {spec.name!r}",
                     path=path,
