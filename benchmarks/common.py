@@ -201,6 +201,12 @@ def record(name: str, cache: str, figures: object) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def figures_of(name: str) -> dict:
+    """Return the figures kept before."""
+    figures: dict = json.loads((RESULTS / f"{name}.json").read_text())["figures"]
+    return figures
+
+
 def own_peak() -> int:
     """Return this process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

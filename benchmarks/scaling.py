@@ -1,6 +1,6 @@
 """What an average costs as the model, the number of checkpoints, and that of outputs grow.
 
-    python benchmarks/scaling.py FOLDER [--repeats 5]
+    python benchmarks/scaling.py FOLDER [--repeats 5] [--only tensors]
 
 FOLDER takes about 8 GB. Each point is timed beside its own copy limit: the same reads once, as many
 writes as there are outputs, no arithmetic. Also: a model of 20,000 small tensors against the same
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import (
     copy_limit,
+    figures_of,
     llama_shapes,
     make_run,
     median,
@@ -140,19 +141,26 @@ def told(row: dict) -> str:
     return f"{times}; {row['ratio']:.2f} times the copy limit"
 
 
+PARTS = {
+    "tensors": small_tensors,
+    "model_sizes": model_sizes,
+    "checkpoints": numbers_of_checkpoints,
+    "outputs": numbers_of_outputs,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", action="append", choices=PARTS, help="keep the other figures")
     options = parser.parse_args()
     folder, repeats = options.folder, options.repeats
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "tensors": small_tensors(folder, repeats),
-        "model_sizes": model_sizes(folder, repeats),
-        "checkpoints": numbers_of_checkpoints(folder, repeats),
-        "outputs": numbers_of_outputs(folder, min(3, repeats)),
-    }
+    figures = figures_of("scaling") if options.only else {}
+    for part in options.only or PARTS:
+        most = 3 if part == "outputs" else repeats
+        figures[part] = PARTS[part](folder, min(most, repeats))
     record("scaling", "warm", figures)
 
 
