@@ -360,10 +360,7 @@ def _notes(
         given = [os.path.realpath(path) for path in options.inputs]
         if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
             yield "note: the inputs were put in order; weights go to the oldest first"
-    if any(
-        re.search("running_mean|moving_mean|batch_normalization", d.spec.name)
-        for d in plan.averaged
-    ):
+    if any(_STATISTICS.search(decision.spec.name) for decision in plan.averaged):
         yield (
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"
