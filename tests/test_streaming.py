@@ -150,7 +150,7 @@ def test_a_long_exponential_forgets_and_stays_finite():
 
 
 def test_a_schedule_of_ones_own_streams_by_its_update():
-    halves = wavg.Schedule("halves", lambda steps: 2.0**steps, lambda position: (0.5, 1.0))
+    halves = wavg.Schedule("halves", lambda steps: 2.0**steps, lambda position, *_: (0.5, 1.0))
     models = [np.float32(value) for value in (1, 5, 2)]
     assert_same_tree(stream(models, halves), wavg.average(models, [1, 2, 4]))
 

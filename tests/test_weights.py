@@ -31,7 +31,7 @@ def streamed(schedule, count):
     """The weight of every model, oldest first, after `count` updates."""
     weights = []
     for position in range(1, count + 1):
-        keep, add = schedule.update(position)
+        keep, add = schedule.update(position, position, position - 1)
         weights = [keep * weight for weight in weights] + [add]
     return np.array(weights)
 
@@ -106,7 +106,7 @@ def test_a_very_long_exponential_does_not_overflow():
 def test_a_very_long_exponential_stream_does_not_overflow():
     schedule, total = exponential(2.0), 0.0
     for position in range(1, 10_001):
-        keep, add = schedule.update(position)
+        keep, add = schedule.update(position, position, position - 1)
         total = keep * total + add
     assert total == pytest.approx(1 / (1 - math.exp(-0.5)))
 

@@ -85,7 +85,8 @@ class StreamingAverager:
             It holds NaN or infinity; the state is as before.
         """
         arrays = self._arrays(model)
-        keep, add = self._update(self._count + 1)
+        step, before = float(self._count + 1), float(self._count)
+        keep, add = self._update(self._count + 1, step, before)
         if not self._allow_nonfinite:
             self._check_finite(arrays, keep, add)
         if not self._count:

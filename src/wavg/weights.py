@@ -52,8 +52,10 @@ class Schedule:
     coefficients
         From the steps, oldest first, shape (N,), to unnormalised weights, shape (N,), float64.
     update
-        For a stream whose length is unknown: from the 1-based position of a model to the pair
-        (keep, add) of ``sum = keep * sum + add * model``. None where there is no such form.
+        For a stream whose length is unknown: from a model's 1-based position, its step and the
+        step of the one before (0 for the first) to the pair (keep, add) of
+        ``sum = keep * sum + add * model``; the average is the sum divided by the like sum of ones.
+        None where there is no such form.
 
     Examples
     --------
@@ -66,7 +68,7 @@ class Schedule:
 
     text: str
     coefficients: Callable[[F64], F64]
-    update: Callable[[int], tuple[float, float]] | None = None
+    update: Callable[[int, float, float], tuple[float, float]] | None = None
 
     def __call__(self, steps: npt.ArrayLike) -> F64:
         """Return the weights of checkpoints saved at these steps, oldest first."""
@@ -92,7 +94,7 @@ def equal() -> Schedule:
     >>> equal()([10, 20, 30])
     array([1., 1., 1.])
     """
-    return Schedule("equal", lambda steps: np.ones(len(steps)), lambda position: (1.0, 1.0))
+    return Schedule("equal", lambda steps: np.ones(len(steps)), lambda position, *_: (1.0, 1.0))
 
 
 def linear() -> Schedule:
@@ -112,7 +114,7 @@ def linear() -> Schedule:
     return Schedule(
         "linear",
         lambda steps: np.arange(1.0, len(steps) + 1),
-        lambda position: (1.0, float(position)),
+        lambda position, *_: (1.0, float(position)),
     )
 
 
@@ -140,7 +142,7 @@ def exponential(alpha: float = 2.0) -> Schedule:
     return Schedule(
         f"exponential:alpha={_text(decay)}",
         coefficients,
-        lambda position: (math.exp(-1.0 / decay), 1.0),
+        lambda *_: (math.exp(-1.0 / decay), 1.0),
     )
 
 
