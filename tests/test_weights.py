@@ -143,7 +143,7 @@ def test_streaming_equal_and_linear_weights_are_exact(schedule):
 
 
 def test_the_comparison_of_streamed_weights_sees_a_planted_error():
-    late = wavg.Schedule("late", linear().coefficients, lambda position: (1.0, position + 1.0))
+    late = wavg.Schedule("late", linear().coefficients, lambda position, *_: (1.0, position + 1.0))
     ours, right = streamed(late, 3), late(np.arange(3))
     assert not np.allclose(ours / ours[-1], right / right[-1])
 
