@@ -27,6 +27,8 @@ FACE = "wavg"  # `import wavg` itself
 # and the kernel's parts below it: rounding, exact, and _compiled, which is C.
 MAY_IMPORT = {
     "errors": "",
+    "_version": "",
+    "record": "_version",
     "dtypes": "errors",
     "tree": "errors",
     "weights": "errors",
@@ -49,13 +51,13 @@ MAY_IMPORT = {
     "inputs": "formats errors",
     "grid": "errors formats inputs weights",
     "opening": "checkpoint errors formats",
-    "outputs": "checkpoint errors formats opening plan publish sinks templates",
-    "files": "checkpoint errors formats grid inputs opening outputs plan publish sinks stream "
-    "weights",
+    "outputs": "checkpoint errors formats opening plan publish record sinks templates",
+    "files": "checkpoint errors formats grid inputs opening outputs plan publish record sinks "
+    "stream weights",
     "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,
-    "cli": f"alignment files kernel sweep demo weights errors inputs plan {FACE}",
+    "cli": f"alignment files kernel record sweep demo weights errors inputs plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(MAY_IMPORT.keys() - {"cli", "demo"})

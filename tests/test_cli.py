@@ -482,6 +482,7 @@ def test_inspect_json_is_one_object_for_scripts(run):
             {"name": "b/c", "dtype": "float32", "shape": [2, 3], "bytes": 24},
             {"name": "n", "dtype": "int64", "shape": [], "bytes": 8},
         ],
+        "record": None,
         "optimizer": [],
     }
 

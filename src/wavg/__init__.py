@@ -5,6 +5,7 @@
 [array(2.), array(3.)]
 """
 
+from wavg._version import __version__ as __version__
 from wavg.average import average
 from wavg.checkpoint import Checkpoint
 from wavg.errors import (
@@ -21,10 +22,9 @@ from wavg.errors import (
 )
 from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_average, save
 from wavg.plan import Plan
+from wavg.record import Record, Source
 from wavg.streaming import StreamingAverager
 from wavg.weights import Schedule, equal, explicit, exponential, figures, linear
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
@@ -36,8 +36,10 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "Plan",
+    "Record",
     "Report",
     "Schedule",
+    "Source",
     "StreamingAverager",
     "StructureMismatchError",
     "WavgError",

@@ -6,6 +6,7 @@ format has to provide. It knows no format.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -333,6 +334,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
             )
         return checksum.extent.length
 
+    def sha256(self, file: int, stop: threading.Event) -> str:
+        """Read one of the files whole and return its SHA-256; once `stop` is set, any other."""
+        digest = hashlib.sha256()
+        for data in _in_pieces(self._descriptors[file], 0, self.index.files[file].size, stop):
+            digest.update(data)
+        return digest.hexdigest()
+
     def verify_unchanged(self) -> None:
         """Raise `CheckpointChangedError` unless the files are what they were when indexed."""
         for identity, descriptor in zip(self.index.files, self._descriptors, strict=True):
@@ -380,14 +388,22 @@ def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
 
 def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:
     """Return the CRC-32 of a part of an open file, or of what is read of it before `stop`."""
-    value, position, end = 0, extent.offset, extent.offset + extent.length
-    while position < end and not (stop is not None and stop.is_set()):
-        data = os.pread(descriptor, min(_COPY_BYTES, end - position), position)
-        if not data:
-            break
+    value = 0
+    for data in _in_pieces(descriptor, extent.offset, extent.length, stop):
         value = zlib.crc32(data, value)
-        position += len(data)
     return value
+
+
+def _in_pieces(
+    descriptor: int, offset: int, length: int, stop: threading.Event | None
+) -> Iterator[bytes]:
+    end = offset + length
+    while offset < end and not (stop is not None and stop.is_set()):
+        data = os.pread(descriptor, min(_COPY_BYTES, end - offset), offset)
+        if not data:
+            return
+        yield data
+        offset += len(data)
 
 
 class Sink(Protocol):

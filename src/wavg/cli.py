@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -23,7 +24,8 @@ from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
 from wavg.inputs import expand, named_steps, read_steps
 from wavg.kernel import COMPILED
-from wavg.plan import MIB, Plan, parse_size
+from wavg.plan import MIB, RECORDS, Plan, parse_size
+from wavg.record import KEY, Record
 
 __all__ = ["main"]
 
@@ -240,6 +242,13 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
+        "--record",
+        choices=RECORDS,
+        default="inputs",
+        help="what a safetensors output's metadata says of its inputs: names, sizes, steps, "
+        "proportions; their digests too; or nothing (default: %(default)s)",
+    )
+    add(
         "--max-shard-size",
         type=_shard_size,
         metavar="SIZE",
@@ -320,6 +329,7 @@ def _average(options: argparse.Namespace) -> None:
             "allow_nonfinite",
             "opaque_dtype",
             "isolate",
+            "record",
             "max_shard_size",
             "max_memory",
             "workers",
@@ -517,6 +527,7 @@ def _inspect(options: argparse.Namespace) -> None:
         options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
     ) as checkpoint:
         index = checkpoint.index
+    record = Record.read(index.metadata)
     if options.json:
         print(
             json.dumps(
@@ -525,6 +536,7 @@ def _inspect(options: argparse.Namespace) -> None:
                     "format": index.format,
                     "bytes": sum(identity.size for identity in index.files),
                     "metadata": dict(index.metadata),
+                    "record": dataclasses.asdict(record) if record else None,
                     **{
                         key: [
                             {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
@@ -541,7 +553,11 @@ def _inspect(options: argparse.Namespace) -> None:
     numbers = sum(spec.size for spec in index.tensors)
     print(f"{index.path}: {index.format}, {_bytes(total)}")
     for key, value in index.metadata.items():
+        if key == KEY and record is not None:
+            continue
         print(f"  {key}: {value if len(value) <= 60 else value[:57] + '...'}")
+    if record is not None:
+        print("\n".join(_record_as_text(record)))
     for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
         if not specs:
             continue
@@ -550,6 +566,27 @@ def _inspect(options: argparse.Namespace) -> None:
         for spec in specs:
             shape = f" {_glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
             print(f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {_bytes(spec.nbytes):>12}")
+
+
+def _record_as_text(record: Record) -> Iterator[str]:
+    yield (
+        f"made by wavg {record.version} from {_count(record.count, 'model')} up to step "
+        f"{record.step:g}, weights {record.weights}"
+    )
+    if not record.sources:
+        return
+    title = "inputs, oldest first"
+    width = max(len(title), *(len(source.name) for source in record.sources))
+    yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
+    for part in record.sources:
+        yield (
+            f"  {part.name:<{width}}  {part.step:>10g}  {part.proportion:.4f}"
+            f"  {_bytes(part.size):>10}"
+        )
+        digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
+        for name, digest in digests.items():
+            if digest:
+                yield f"    sha256 {digest}  {name}".rstrip()
 
 
 def _demo(options: argparse.Namespace) -> None:

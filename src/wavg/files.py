@@ -23,8 +23,9 @@ from wavg.errors import OutputError
 from wavg.formats import adapters, format_of_output, open_file
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
-from wavg.opening import opened, uncollected, verify_checksums, verify_unchanged
+from wavg.opening import digests, opened, uncollected, verify_checksums, verify_unchanged
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
+from wavg.record import Record, Source, names_within
 from wavg.sinks import MemorySink
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class PlanOptions(TypedDict, total=False):
     allow_nonfinite: bool
     opaque_dtype: str | None
     isolate: bool
+    record: str
     max_shard_size: int | str | None
     max_memory: int | str
     workers: int | None
@@ -143,6 +145,7 @@ def average_checkpoints(
     opaque_dtype: str | None = None,
     isolate: bool = False,
     overwrite: bool = False,
+    record: str = "inputs",
     max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -197,6 +200,10 @@ def average_checkpoints(
         Look into HDF5 files in a process of their own, as for `open_checkpoint`.
     overwrite
         Replace an existing output. It may be one of the inputs.
+    record
+        What safetensors outputs keep of how they came to be, in the key ``wavg`` of their
+        metadata, see `wavg.Record`: the ``"inputs"``, their sizes, steps and proportions;
+        ``"sha256"`` their digests too, at the cost of reading each once more; ``"none"``.
     max_shard_size
         Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
         text (``"5GB"``), as huggingface_hub does; by default it is divided as the newest's is.
@@ -261,6 +268,7 @@ def average_checkpoints(
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
+        record=record,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),
@@ -281,15 +289,44 @@ def average_checkpoints(
                 verify_unchanged(checkpoints)
                 results = [sink.arrays() for sink in memory]
                 return results if grid.many else results[0]
-            differing = _write(plans, checkpoints, targets, overwrite, executor, tick)
+            records = _records(plans, checkpoints, tick)
+            differing = _write(plans, checkpoints, targets, records, overwrite, executor, tick)
     reports = [Report(*parts) for parts in zip(targets, plans, differing, strict=True)]
     return reports if grid.many else reports[0]
+
+
+def _records(
+    plans: Sequence[Plan],
+    checkpoints: Sequence[Checkpoint],
+    tick: Callable[[int], object] | None,
+) -> list[str | None]:
+    """Return what each average's file is to say of how it came to be."""
+    options = plans[0].options
+    if options.record == "none":
+        return [None] * len(plans)
+    hashes: Sequence[str | Mapping[str, str] | None] = [None] * len(checkpoints)
+    if options.record == "sha256":
+        hashes = digests(checkpoints, options.workers, tick)
+    sizes = [sum(identity.size for identity in c.index.files) for c in checkpoints]
+    names = names_within([checkpoint.path for checkpoint in checkpoints])
+    records: list[str | None] = []
+    for plan in plans:
+        newest = slice(-len(plan.inputs), None)
+        rows = zip(names[newest], sizes[newest], hashes[newest], plan.inputs, strict=True)
+        sources = tuple(
+            Source(name, size, part.step, part.proportion, digest)
+            for name, size, digest, part in rows
+        )
+        record = Record(plan.schedule, plan.inputs[-1].step, sources, len(sources))
+        records.append(record.text())
+    return records
 
 
 def _write(
     plans: Sequence[Plan],
     checkpoints: Sequence[Checkpoint],
     targets: Sequence[str],
+    records: Sequence[str | None],
     overwrite: bool,
     executor: Executor | None,
     tick: Callable[[int], object] | None,
@@ -297,8 +334,10 @@ def _write(
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
     with contextlib.ExitStack() as stack:
         made = [
-            stack.enter_context(outputs.planned(plan, checkpoints[-1], target, overwrite=overwrite))
-            for plan, target in zip(plans, targets, strict=True)
+            stack.enter_context(
+                outputs.planned(plan, checkpoints[-1], target, record, overwrite=overwrite)
+            )
+            for plan, target, record in zip(plans, targets, records, strict=True)
         ]
         sinks = [output.sink for output in made]
         differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
@@ -355,6 +394,7 @@ def plan_average(
     allow_nonfinite: bool = False,
     opaque_dtype: str | None = None,
     isolate: bool = False,
+    record: str = "inputs",
     max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -381,6 +421,7 @@ def plan_average(
         optimizer=optimizer,
         integers=integers,
         allow_nonfinite=allow_nonfinite,
+        record=record,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else _available_cores(),

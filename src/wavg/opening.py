@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from wavg.checkpoint import Checkpoint
 from wavg.formats import open_file
 
-__all__ = ["opened", "uncollected", "verify_checksums", "verify_unchanged"]
+__all__ = ["digests", "opened", "uncollected", "verify_checksums", "verify_unchanged"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def _allow_open_files(count: int) -> None:
@@ -64,16 +69,38 @@ def verify_checksums(
 ) -> None:
     """Compare what files record of their own bytes with these, several at a time."""
     pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
-    if not pairs:
+    for size in _side_by_side(lambda pair, stop: pair[0](pair[1], stop), pairs, workers):
+        if tick is not None:
+            tick(size)
+
+
+def digests(
+    checkpoints: Sequence[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
+) -> list[str | dict[str, str]]:
+    """Return each checkpoint's SHA-256; where it has several files, that of each by its name."""
+    files = [(c, number) for c in checkpoints for number in range(len(c.index.files))]
+    found: dict[str, dict[str, str]] = {checkpoint.path: {} for checkpoint in checkpoints}
+    hashes = _side_by_side(lambda pair, stop: pair[0].sha256(pair[1], stop), files, workers)
+    for (checkpoint, number), digest in zip(files, hashes, strict=True):
+        identity = checkpoint.index.files[number]
+        found[checkpoint.path][os.path.basename(identity.path)] = digest
+        if tick is not None:
+            tick(identity.size)
+    return [next(iter(f.values())) if len(f) == 1 else f for f in found.values()]
+
+
+def _side_by_side(
+    work: Callable[[A, threading.Event], B], items: Sequence[A], workers: int
+) -> Iterator[B]:
+    """Yield what becomes of each item, in order, several at a time; they stop where this ends."""
+    if not items:
         return
     from concurrent.futures import ThreadPoolExecutor
 
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
     try:
-        for size in pool.map(lambda pair: pair[0](pair[1], stop), pairs):
-            if tick is not None:
-                tick(size)
+        yield from pool.map(lambda item: work(item, stop), items)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed

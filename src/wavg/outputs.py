@@ -29,6 +29,7 @@ from wavg.publish import (
     refuse_existing,
     refuse_folders_within,
 )
+from wavg.record import KEY
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 
@@ -116,8 +117,13 @@ def divided(plan: Plan, reference: Index, target: str) -> list[Part]:
 
 
 @contextlib.contextmanager
-def planned(plan: Plan, reference: Checkpoint, target: str, *, overwrite: bool) -> Iterator[Output]:
-    """Begin the output of a plan; leaving without `Output.commit` leaves no trace."""
+def planned(
+    plan: Plan, reference: Checkpoint, target: str, record: str | None, *, overwrite: bool
+) -> Iterator[Output]:
+    """Begin the output of a plan; leaving without `Output.commit` leaves no trace.
+
+    The `record` says how it came to be, in a format that has a place for it.
+    """
     row = format_of_output(target, reference.index)
     folder = is_folder_output(target, reference.path)
     parts = divided(plan, reference.index, target)
@@ -126,6 +132,8 @@ def planned(plan: Plan, reference: Checkpoint, target: str, *, overwrite: bool) 
     with _begun(parts, target if folder else None, overwrite) as (files, published):
         with _failures(files), uncollected():
             templates = _templates(row, plan, reference, parts, files)
+            if row.recorded and (record or KEY in reference.index.metadata):
+                templates = load_module(row.name).noted(templates, reference, KEY, record)
         sink = FileSink(files, templates, reference)
         for made in published:
             if isinstance(made, AtomicFolder):

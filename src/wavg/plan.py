@@ -24,6 +24,7 @@ from wavg.quantised import refuse_quantised
 from wavg.weights import Figures, figures
 
 __all__ = [
+    "RECORDS",
     "Decision",
     "Options",
     "Plan",
@@ -33,6 +34,7 @@ __all__ = [
     "parse_size",
 ]
 
+RECORDS = ("inputs", "sha256", "none")
 MIB = 1 << 20
 _BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
 _UNPACKED_BYTES = 16 << 20  # of compressed tensors: chunks are unpacked whole, for every block
@@ -56,6 +58,7 @@ class Options:
     optimizer: str = "carry"
     integers: str = "reference"
     allow_nonfinite: bool = False
+    record: str = "inputs"
     max_shard_size: int | None = None
     max_memory: int = 64 * MIB
     workers: int = 1
@@ -67,6 +70,8 @@ class Options:
             raise ValueError(f"optimizer must be 'carry' or 'drop', not {self.optimizer!r}")
         if self.integers not in ("reference", "error"):
             raise ValueError(f"integers must be 'reference' or 'error', not {self.integers!r}")
+        if self.record not in RECORDS:
+            raise ValueError(f"record must be one of {', '.join(RECORDS)}, not {self.record!r}")
         if self.dtype is not None and lookup(self.dtype).kind != "float":
             raise ValueError(f"dtype must be a floating-point format, not {self.dtype!r}")
         if self.max_shard_size is not None and self.max_shard_size < 1:
@@ -269,6 +274,8 @@ def make_plans(
         read += readers * (count * lookup(kind.source).bits // 8)  # the same in every input
         result += count * lookup(kind.target).bits // 8
     read += sum(checksum.extent.length for index in indexes for checksum in index.checksums)
+    if options.record == "sha256" and not in_memory:
+        read += sum(identity.size for index in indexes for identity in index.files)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
     disk = result + carried
     if patches:  # the rest of the files stays

@@ -53,6 +53,7 @@ class FileSink:
     ) -> None:
         self._files = files
         self._in_place = all(template.in_place for template in templates)
+        self._shifts = [template.shift for template in templates]
         self._targets = templates[0].targets
         if len(templates) > 1:
             self._targets = {
@@ -84,4 +85,5 @@ class FileSink:
         """Do as `wavg.checkpoint.Sink.write` says."""
         extent = self._targets[name].extent
         assert extent is not None  # a target is a place
-        self._files[extent.file].write(values, extent.offset + start * values.itemsize)
+        place = self._shifts[extent.file] + extent.offset + start * values.itemsize
+        self._files[extent.file].write(values, place)

@@ -42,7 +42,9 @@ class Template(NamedTuple):
     finish
         Called with the output's descriptor when all is written (checksums).
     in_place
-        Whether the targets are where the reference has them.
+        Whether the targets lie to each other as the reference has them.
+    shift
+        How far behind where `targets` says they are: a header has grown.
     """
 
     size: int
@@ -51,6 +53,7 @@ class Template(NamedTuple):
     carry: Sequence[tuple[Extent, int]] = ()
     finish: Callable[[int], None] | None = None
     in_place: bool = False
+    shift: int = 0
 
 
 def can_patch_in_place(index: Index, specs: Sequence[TensorSpec], keep_others: bool) -> bool:

@@ -14,7 +14,9 @@ A format is a short module with three functions:
 An output is one file, and the last two may write a skeleton to its path. Formats of several files
 have ``parts(output, specs, reference, limit)``: the files of an output after the reference of that
 index, first the file that names the others; and ``renamed(reference, specs, keep_others, parts)``,
-the template of that file. A module may have ``block_reader(index)`` for tensors without extents.
+the template of that file. Those that keep a record have ``noted(templates, reference, key, text)``:
+the templates with a text in the files' metadata, or without it. A module may have
+``block_reader(index)`` for tensors without extents.
 Modules are imported when first needed.
 """
 
@@ -50,6 +52,7 @@ class Format(NamedTuple):
 
     ``isolable``: its index is HDF5's business, and can be read in a process of its own.
     ``several``: an output may be several files.
+    ``recorded``: its files say how they came to be.
     ``needs``: what only inputs of this format have, without which there is no output in it.
     """
 
@@ -59,6 +62,7 @@ class Format(NamedTuple):
     module: str
     isolable: bool = False
     several: bool = False
+    recorded: bool = False
     needs: str = ""
 
 
@@ -90,6 +94,7 @@ FORMATS = (
         (),
         "wavg.formats.safetensors_shards",
         several=True,
+        recorded=True,
     ),
     Format("npz", (".npz",), (b"PK\x03\x04", b"PK\x05\x06"), "wavg.formats.npz"),
 )

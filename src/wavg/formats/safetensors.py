@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,13 +21,14 @@ from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
 from wavg.templates import Part, Template
 
-__all__ = ["create", "parsed", "read_header", "read_index"]
+__all__ = ["create", "noted", "parsed", "read_header", "read_index"]
 
 _HEADER_LIMIT = 100_000_000
 _LONGEST_KEPT = 8 << 20
 _MOST_DIMENSIONS = 64  # NumPy's limit
 _BY_CODE = {entry.code: entry for entry in DTYPES if entry.code}
 _METADATA = "__metadata__"
+_METADATA_FIRST = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 _TOO_LARGE = (1 << 63) - 8 - _HEADER_LIMIT  # places in a file are numbers of 64 bits
 _new = tuple.__new__  # what a NamedTuple is made with, in half the time that its class takes
 
@@ -203,7 +205,7 @@ def create(
             "shape": list(spec.shape),
             "data_offsets": [offsets[spec.name], offsets[spec.name] + spec.nbytes],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _dumped(header).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
     targets = {
@@ -211,3 +213,53 @@ def create(
         for spec in specs
     }
     return [Template(base + position, targets, [(0, len(text).to_bytes(8, "little") + text)])]
+
+
+def noted(template: Template, header: bytes, key: str, text: str | None) -> Template:
+    """Return a template of a file with a text in its metadata; None takes the key out.
+
+    `header` is what the file has without it. What comes behind moves by what the header grows.
+    """
+    base = 8 + len(header)
+    new = _with_metadata(header, key, text)
+    if len(new) > _HEADER_LIMIT:
+        raise OutputError(f"a header of {len(new):,} bytes is more than safetensors may have")
+    shift = 8 + len(new) - base
+    carry = []
+    for extent, offset in template.carry:
+        cut = min(max(base - offset, 0), extent.length)  # the header is not carried over
+        if cut < extent.length:
+            rest = extent._replace(offset=extent.offset + cut, length=extent.length - cut)
+            carry.append((rest, offset + cut + shift))
+    pieces = [(offset + shift, data) for offset, data in template.pieces if offset]
+    pieces.insert(0, (0, len(new).to_bytes(8, "little") + new))
+    return template._replace(
+        size=template.size + shift, pieces=pieces, carry=carry, shift=template.shift + shift
+    )
+
+
+def _with_metadata(header: bytes, key: str, text: str | None) -> bytes:
+    """Return a header with a text in its metadata, and every tensor's entry as it was."""
+    written = header.decode()
+    start = _METADATA_FIRST.match(written)
+    if start is not None:  # as all writers place it; the rest, which may be long, is left as it is
+        metadata, end = json.JSONDecoder().raw_decode(written, start.end())
+        before, after = written[: start.end()], written[end:]
+    elif _METADATA not in written and "\\" not in written:
+        metadata, end = {}, written.index("{") + 1
+        before, after = f'{{"{_METADATA}":', "," + written[end:]
+    else:
+        table = json.loads(written)
+        metadata = table.pop(_METADATA, {})
+        before, after = f'{{"{_METADATA}":', "," + _dumped(table)[1:]
+    if text is None:
+        metadata.pop(key, None)
+    else:
+        # Loaders take a file without metadata for PyTorch's, and refuse metadata without a format.
+        metadata = {**(metadata or {"format": "pt"}), key: text}
+    new = (before + _dumped(metadata) + after.rstrip()).encode()
+    return new + b" " * (-len(new) % 8)
+
+
+def _dumped(table: Mapping[str, Any]) -> str:
+    return json.dumps(table, separators=(",", ":"), ensure_ascii=False)

@@ -18,7 +18,7 @@ from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import folders, safetensors
 from wavg.templates import Part, Template
 
-__all__ = ["create", "parts", "patch", "read_index", "renamed"]
+__all__ = ["create", "noted", "parts", "patch", "read_index", "renamed"]
 
 _LARGEST_MAP = 10 << 20
 _MOST_SHARDS = 100_000
@@ -310,3 +310,26 @@ def _map(
             path=parts[0].path,
         )
     return Template(len(text), {}, [(0, text)], in_place=True)
+
+
+def noted(
+    templates: Sequence[Template], reference: Checkpoint, key: str, text: str | None
+) -> list[Template]:
+    """Return templates of an output with a text in the metadata of every file but the index."""
+    result = list(templates)
+    for number, template in enumerate(templates):
+        if number or len(templates) == 1:
+            result[number] = safetensors.noted(
+                template, _header_of(template, reference, number), key, text
+            )
+    return result
+
+
+def _header_of(template: Template, reference: Checkpoint, number: int) -> bytes:
+    """Return the header that a file is to have: a new one, or the reference's."""
+    for offset, data in template.pieces:
+        if offset == 0:
+            return data[8:]
+    _, header = safetensors.read_header(reference.index.files[number].path)
+    reference.verify_unchanged()
+    return header

@@ -1,0 +1,164 @@
+"""How an averaged file came to be: the one key that wavg adds to a file's metadata.
+
+Compact JSON with a version, so that later ones can be told apart. It owns the text, and knows
+neither files nor formats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wavg._version import __version__
+
+__all__ = ["KEY", "Record", "Source", "names_within"]
+
+KEY = "wavg"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that went into an average.
+
+    Attributes
+    ----------
+    name
+        Its path from the folder that all of them are in.
+    size
+        Bytes of its file, or of its files together.
+    step
+        Where in training it was saved.
+    proportion
+        Its weight divided by the sum of all.
+    sha256
+        The digest of its file, or those of its files by their names; None if it was not asked for.
+    """
+
+    name: str
+    size: int
+    step: float
+    proportion: float
+    sha256: str | Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What averaged a file, and from what.
+
+    Attributes
+    ----------
+    weights
+        The schedule's text.
+    step
+        That of the newest model in it.
+    sources
+        The checkpoints, oldest first; none where models came one by one from memory.
+    count
+        How many models there were.
+    version
+        That of wavg.
+
+    Examples
+    --------
+    >>> record = Record("linear", 20.0, (Source("m_10.npz", 64, 10.0, 0.25),
+    ...                                  Source("m_20.npz", 64, 20.0, 0.75)), 2, "0.1.0")
+    >>> print(record.text())
+    {"v":1,"wavg":"0.1.0","weights":"linear","step":20,"count":2,"inputs":["m_10.npz","m_20.npz"],"sizes":[64,64],"steps":[10,20],"proportions":[0.25,0.75]}
+    >>> Record.read({"wavg": record.text()}) == record
+    True
+    """
+
+    weights: str
+    step: float
+    sources: tuple[Source, ...]
+    count: int
+    version: str = __version__
+
+    def text(self) -> str:
+        """Return the record as one line of JSON, a list for each property of the inputs."""
+        content: dict[str, Any] = {
+            "v": _VERSION,
+            "wavg": self.version,
+            "weights": self.weights,
+            "step": _short(self.step),
+            "count": self.count,
+        }
+        if self.sources:
+            content["inputs"] = [source.name for source in self.sources]
+            content["sizes"] = [source.size for source in self.sources]
+            content["steps"] = [_short(source.step) for source in self.sources]
+            content["proportions"] = [_short(source.proportion) for source in self.sources]
+            if all(source.sha256 for source in self.sources):
+                digests = [source.sha256 for source in self.sources]
+                content["sha256"] = [d if isinstance(d, str) else dict(d or {}) for d in digests]
+        return json.dumps(content, separators=(",", ":"))
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Record | None:
+        """Return the record in a file's metadata; None if there is none that can be understood.
+
+        >>> Record.read({"format": "pt"}) is None
+        True
+        """
+        try:
+            content = json.loads(metadata.get(KEY, ""))
+            if content["v"] != _VERSION:
+                return None
+            columns = [content.get(name, []) for name in ("inputs", "sizes", "steps")]
+            columns += [content.get("proportions", [])]
+            digests = content.get("sha256", [None] * len(columns[0]))
+            return cls(
+                _text(content["weights"]),
+                _number(content["step"]),
+                tuple(
+                    Source(_text(name), _whole(size), _number(step), _number(part), _digest(sha))
+                    for name, size, step, part, sha in zip(*columns, digests, strict=True)
+                ),
+                _whole(content["count"]),
+                _text(content["wavg"]),
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None  # whatever it is, it is not ours, and stays a text like others
+
+
+def _short(value: float) -> int | float:
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)
+
+
+def _digest(value: Any) -> str | dict[str, str] | None:
+    if isinstance(value, dict):
+        return {_text(name): _text(digest) for name, digest in value.items()}
+    return None if value is None else _text(value)
+
+
+def names_within(paths: Sequence[str]) -> list[str]:
+    """Return what tells paths apart: each from the folder that all of them are in.
+
+    >>> names_within(["run/checkpoint-9/model.safetensors", "run/checkpoint-10/model.safetensors"])
+    ['checkpoint-9/model.safetensors', 'checkpoint-10/model.safetensors']
+    """
+    full = [os.path.abspath(path) for path in paths]
+    top = os.path.commonpath([os.path.dirname(path) for path in full])
+    return [os.path.relpath(path, top) for path in full]
