@@ -266,6 +266,24 @@ def test_adapters_of_peft_average(tmp_path):
         assert np.array_equal(found[name].numpy(), array)
 
 
+@pytest.mark.parametrize("metadata", [{"format": "pt"}, None])
+def test_a_loader_that_insists_on_the_format_takes_what_was_averaged(tmp_path, metadata):
+    modeling = pytest.importorskip("accelerate.utils.modeling")
+    import torch
+    from safetensors.torch import save_file
+
+    for step in (1, 2):
+        tensors = {"w": torch.full((3,), float(step), dtype=torch.bfloat16)}
+        save_file(tensors, tmp_path / f"model_{step}.safetensors", metadata=metadata)
+    output = tmp_path / "average.safetensors"
+    wavg.average_checkpoints(str(tmp_path / "model_*.safetensors"), output)
+    loaded = modeling.load_state_dict(str(output))
+    assert loaded["w"].tolist() == [1.5] * 3
+    wavg.save(output, wavg.load(output), metadata={"wavg": "no format"}, overwrite=True)
+    with pytest.raises(OSError, match="valid metadata"):  # it does insist
+        modeling.load_state_dict(str(output))
+
+
 def test_the_comparison_sees_planted_errors(tmp_path):
     models, folders = save_run(tmp_path / "run", llama(True), torch.float32, "8KB")
     wavg.average_checkpoints(folders[1:], tmp_path / "averaged")
