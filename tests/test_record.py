@@ -144,6 +144,15 @@ def test_no_record_leaves_the_header_as_it_is(run, tmp_path):
     assert output.read_bytes()[:length] == before[:length]
 
 
+def test_what_shows_in_the_numbers_is_recorded_and_nothing_else(run, tmp_path, capsys):
+    output = tmp_path / "average.safetensors"
+    wavg.average_checkpoints(run, output, dtype="float16", exclude="n", workers=1)
+    record = wavg.Record.read(metadata_of(output))
+    assert record.options == {"dtype": "float16", "exclude": ["n"]}
+    assert main(["inspect", str(output)]) == 0
+    assert "weights equal, dtype float16, exclude ['n']\n" in capsys.readouterr().out
+
+
 def test_an_unknown_kind_of_record_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="record must be one of inputs, sha256, none, not 'all'"):
         wavg.average_checkpoints(run, tmp_path / "average.safetensors", record="all")
@@ -204,7 +213,7 @@ def test_a_record_comes_back_from_its_text(rows):
     sources = tuple(records.Source(*row) for row in rows)
     if not all(source.sha256 for source in sources):
         sources = tuple(records.Source(*row[:4]) for row in rows)
-    record = wavg.Record("linear", 3.5, sources, 7)
+    record = wavg.Record("linear", 3.5, sources, 7, {"exclude": ["*.bias"]})
     assert wavg.Record.read({"wavg": record.text()}) == record
 
 

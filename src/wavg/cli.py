@@ -572,6 +572,7 @@ def _record_as_text(record: Record) -> Iterator[str]:
     yield (
         f"made by wavg {record.version} from {_count(record.count, 'model')} up to step "
         f"{record.step:g}, weights {record.weights}"
+        + "".join(f", {name} {value}" for name, value in record.options.items())
     )
     if not record.sources:
         return

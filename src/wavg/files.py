@@ -317,8 +317,8 @@ def _records(
             Source(name, size, part.step, part.proportion, digest)
             for name, size, digest, part in rows
         )
-        record = Record(plan.schedule, plan.inputs[-1].step, sources, len(sources))
-        records.append(record.text())
+        newest_step, told = plan.inputs[-1].step, options.told()
+        records.append(Record(plan.schedule, newest_step, sources, len(sources), told).text())
     return records
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 RECORDS = ("inputs", "sha256", "none")
+_IN_THE_NUMBERS = ("dtype", "include", "exclude", "align", "optimizer", "allow_nonfinite")
 MIB = 1 << 20
 _BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
 _UNPACKED_BYTES = 16 << 20  # of compressed tensors: chunks are unpacked whole, for every block
@@ -78,6 +79,20 @@ class Options:
             raise ValueError(f"max_shard_size must be positive, not {self.max_shard_size}")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, not {self.workers}")
+
+    def told(self) -> dict[str, Any]:
+        """Return those that show in the numbers, where they are not the defaults.
+
+        >>> Options(exclude=("*.bias",), workers=4).told()
+        {'exclude': ['*.bias']}
+        """
+        default = Options()
+        pairs = [(name, getattr(self, name), getattr(default, name)) for name in _IN_THE_NUMBERS]
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value, usual in pairs
+            if value != usual
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from wavg._version import __version__
@@ -59,13 +59,16 @@ class Record:
         The checkpoints, oldest first; none where models came one by one from memory.
     count
         How many models there were.
+    options
+        What else was asked for and shows in the numbers, as `wavg.average_checkpoints` names it;
+        what is not there was left at its default.
     version
         That of wavg.
 
     Examples
     --------
     >>> record = Record("linear", 20.0, (Source("m_10.npz", 64, 10.0, 0.25),
-    ...                                  Source("m_20.npz", 64, 20.0, 0.75)), 2, "0.1.0")
+    ...                                  Source("m_20.npz", 64, 20.0, 0.75)), 2, {}, "0.1.0")
     >>> print(record.text())
     {"v":1,"wavg":"0.1.0","weights":"linear","step":20,"count":2,"inputs":["m_10.npz","m_20.npz"],"sizes":[64,64],"steps":[10,20],"proportions":[0.25,0.75]}
     >>> Record.read({"wavg": record.text()}) == record
@@ -76,6 +79,7 @@ class Record:
     step: float
     sources: tuple[Source, ...]
     count: int
+    options: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
 
     def text(self) -> str:
@@ -87,6 +91,8 @@ class Record:
             "step": _short(self.step),
             "count": self.count,
         }
+        if self.options:
+            content["options"] = dict(self.options)
         if self.sources:
             content["inputs"] = [source.name for source in self.sources]
             content["sizes"] = [source.size for source in self.sources]
@@ -119,6 +125,7 @@ class Record:
                     for name, size, step, part, sha in zip(*columns, digests, strict=True)
                 ),
                 _whole(content["count"]),
+                _table(content.get("options", {})),
                 _text(content["wavg"]),
             )
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -145,6 +152,12 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise TypeError
     return float(value)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
 
 
 def _digest(value: Any) -> str | dict[str, str] | None:
