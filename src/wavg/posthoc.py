@@ -106,7 +106,11 @@ def post_hoc_ema(
         return combine(steps, np.array([_power_of_input(each, text) for each in inputs]))
 
     text = spell(
-        "post_hoc_ema", gamma=gamma, sigma_rel=sigma_rel, step=end, tracked=tracked and [*tracked]
+        "post_hoc_ema",
+        gamma=gamma,
+        sigma_rel=sigma_rel,
+        step=end,
+        tracked=None if tracked is None else tuple(map(float, tracked)),
     )
     return Schedule(text, coefficients, of_inputs=of_inputs, repeats=True)
 

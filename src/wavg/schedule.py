@@ -164,20 +164,21 @@ def spell_number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-def spell(name: str, **values: float | bool | str | Sequence[float] | None) -> str:
+def spell(name: str, **values: float | bool | str | tuple[float, ...] | None) -> str:
     """Write a schedule as text; parameters that are None are left out.
 
     >>> spell("ema", decay=0.99, half_life=None, debias=False)
     'ema:decay=0.99,debias=false'
     """
 
-    def one(value: float | bool | str | Sequence[float]) -> str:
+    def one(value: float | bool | str | tuple[float, ...]) -> str:
         if isinstance(value, str):
             return value
         if isinstance(value, bool):
             return str(value).lower()
-        numbers = value if isinstance(value, Sequence) else [value]
-        return "/".join(map(spell_number, numbers))
+        if isinstance(value, tuple):
+            return "/".join(map(spell_number, value))
+        return spell_number(value)
 
     parts = [f"{key}={one(value)}" for key, value in values.items() if value is not None]
     return f"{name}:{','.join(parts)}" if parts else name
