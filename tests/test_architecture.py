@@ -31,7 +31,12 @@ MAY_IMPORT = {
     "record": "_version",
     "dtypes": "errors",
     "tree": "errors",
-    "weights": "errors",
+    "schedule": "errors",
+    "rules": "schedule errors",
+    "moving": "schedule errors",
+    "posthoc": "moving schedule errors",
+    "listed": "rules schedule errors",
+    "weights": "schedule rules moving posthoc listed errors",
     "rounding": "errors",
     "exact": "rounding errors",
     "_compiled": "",
@@ -49,7 +54,8 @@ MAY_IMPORT = {
     "sinks": "extents plan checkpoint publish templates errors",
     "formats": "checkpoint extents publish templates errors",
     "inputs": "formats errors",
-    "grid": "errors formats inputs weights",
+    "recorded": "checkpoint inputs",
+    "grid": "errors formats inputs recorded weights",
     "opening": "checkpoint errors formats",
     "outputs": "checkpoint errors formats opening plan publish record sinks templates",
     "files": "checkpoint errors formats grid inputs opening outputs plan publish record sinks "
@@ -57,10 +63,13 @@ MAY_IMPORT = {
     "streaming": "average files tree weights kernel rounding errors",
     "sweep": "files average weights errors",
     "demo": FACE,
-    "cli": f"alignment files kernel record sweep demo weights errors inputs plan {FACE}",
+    "picture": "errors weights",
+    "cli_weights": "formats grid inputs picture weights",
+    "cli": "alignment cli_weights files kernel record sweep demo weights errors inputs plan "
+    f"{FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
-MAY_IMPORT["__init__"] = " ".join(MAY_IMPORT.keys() - {"cli", "demo"})
+MAY_IMPORT["__init__"] = " ".join(MAY_IMPORT.keys() - {"cli", "cli_weights", "demo"})
 MAY_IMPORT["__main__"] = "cli"
 
 HEAVY = {"h5py", "ml_dtypes", "tqdm", "matplotlib", "safetensors"}

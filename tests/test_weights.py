@@ -206,9 +206,10 @@ def test_resolve_takes_a_text_a_schedule_or_numbers():
     [
         (
             "cubic",
-            "unknown weights 'cubic'; there are equal, linear, exponential:alpha=2 and numbers "
-            "with commas, one a checkpoint, oldest first, such as 0.2,0.3,0.5",
+            "cumulative_window, numbers with commas, one a checkpoint, oldest first, such as "
+            "0.2,0.3,0.5, and files that list them, such as weights.json or weights.csv",
         ),
+        ("cubic", "unknown weights 'cubic'; there are equal, linear, exponential:alpha=2, poly"),
         ("", "unknown weights ''; there are equal"),
         ("Equal", "unknown weights 'Equal'; there are equal"),
         ("1,2,", "unknown weights '1,2,'; there are equal"),

@@ -24,7 +24,25 @@ from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_
 from wavg.plan import Plan
 from wavg.record import Record, Source
 from wavg.streaming import StreamingAverager
-from wavg.weights import Schedule, equal, explicit, exponential, figures, linear
+from wavg.weights import (
+    Schedule,
+    bema,
+    cumulative_window,
+    dema,
+    ema,
+    equal,
+    explicit,
+    exponential,
+    figures,
+    lawa,
+    linear,
+    polynomial,
+    polynomial_decay,
+    post_hoc_ema,
+    power_ema,
+    schedule_free,
+    wsm,
+)
 
 __all__ = [
     "Checkpoint",
@@ -46,13 +64,24 @@ __all__ = [
     "WeightError",
     "average",
     "average_checkpoints",
+    "bema",
+    "cumulative_window",
+    "dema",
+    "ema",
     "equal",
     "explicit",
     "exponential",
     "figures",
+    "lawa",
     "linear",
     "load",
     "open_checkpoint",
     "plan_average",
+    "polynomial",
+    "polynomial_decay",
+    "post_hoc_ema",
+    "power_ema",
     "save",
+    "schedule_free",
+    "wsm",
 ]

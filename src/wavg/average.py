@@ -80,10 +80,13 @@ def average(
         raise WeightError("there is nothing to average: no tree was given")
     if integers not in ("reference", "error"):
         raise ValueError(f"integers must be 'reference' or 'error', not {integers!r}")
-    positions = schedules.check_steps(range(1, len(models) + 1) if steps is None else steps)
+    schedule = schedules.resolve(weights)
+    positions = schedules.check_steps(
+        range(1, len(models) + 1) if steps is None else steps, repeats=schedule.repeats
+    )
     if len(positions) != len(models):
         raise WeightError(f"{len(positions)} steps were given for {len(models)} trees")
-    combination = Combination.of(schedules.resolve(weights)(positions))
+    combination = Combination.of(schedule(positions))
     paths, rows = pytree.align(models)
     arrays = [[native(np.asarray(leaf)) for leaf in row] for row in rows]
     _check_leaves(paths, arrays)

@@ -13,19 +13,21 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import wavg
-from wavg import weights as schedules
+from wavg import cli_weights
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
-from wavg.inputs import expand, named_steps, read_steps
+from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan, parse_size
 from wavg.record import KEY, Record
+from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
 
@@ -109,19 +111,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     command = _command(
         commands,
         "weights",
-        _weights,
+        cli_weights.run,
         "show the weights of a schedule",
         """\
-            wavg weights exponential:alpha=2 -n 10""",
+            wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png""",
     )
-    command.add_argument("spec", metavar="SPEC", help="such as linear, exponential:alpha=2, 1,2,3")
-    command.add_argument("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
-    command.add_argument(
-        "-n", type=_positive, metavar="N", help="for N checkpoints, one step apart"
-    )
-    command.add_argument(
-        "--steps", type=_numbers, metavar="A,B,...", help="for checkpoints at these"
-    )
+    cli_weights.add_arguments(command, _positive, _numbers)
     _add_json(command)
     command = _command(
         commands,
@@ -181,8 +176,8 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         "--weights",
         action="append",
         metavar="SPEC",
-        help="equal, linear, exponential:alpha=2, or numbers, oldest first (default: equal); "
-        "given several times, so many averages are made in one pass",
+        help=f"{cli_weights.known()} (default: equal); given several times, so many averages are "
+        "made in one pass",
     )
     add(
         "--last",
@@ -338,18 +333,20 @@ def _average(options: argparse.Namespace) -> None:
     chosen["weights"] = options.weights or ["equal"]  # a list: a list comes back
     chosen["sort"] = options.order == "natural"
     made: list[tuple[Plan, Report | None]]
-    if options.dry_run:
-        plans = plan_average(options.inputs, options.output, **chosen)
-        made = [(plan, None) for plan in plans]
-    else:
-        reports = average_checkpoints(
-            options.inputs,
-            options.output,
-            overwrite=options.overwrite,
-            progress=not (options.quiet or options.json),
-            **chosen,
-        )
-        made = [(report.plan, report) for report in reports]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "post_hoc_ema")  # a note says it
+        if options.dry_run:
+            plans = plan_average(options.inputs, options.output, **chosen)
+            made = [(plan, None) for plan in plans]
+        else:
+            reports = average_checkpoints(
+                options.inputs,
+                options.output,
+                overwrite=options.overwrite,
+                progress=not (options.quiet or options.json),
+                **chosen,
+            )
+            made = [(report.plan, report) for report in reports]
     if options.json:
         figures = [_plan_as_json(*parts) for parts in made]
         print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
@@ -363,8 +360,11 @@ def _notes(
     """Say what a person might not expect."""
     plan = max((plan for plan, _ in made), key=lambda plan: len(plan.inputs))
     paths = [part.path for part in plan.inputs]
-    if options.steps is None and len(paths) > 1 and named_steps(paths) is None:
-        yield "note: the names tell no increasing steps; the checkpoints are counted from 1"
+    counted = [part.step for part in plan.inputs] == [*range(1, len(paths) + 1)]
+    if options.steps is None and len(paths) > 1 and counted and named_steps(paths) is None:
+        yield (
+            "note: names and metadata tell no increasing steps; the checkpoints are counted from 1"
+        )
     explicit = any(plan.schedule[:1] in "-.0123456789" for plan, _ in made)
     if options.order == "natural" and explicit:
         given = [os.path.realpath(path) for path in options.inputs]
@@ -375,6 +375,10 @@ def _notes(
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"
         )
+    merits = {plan.schedule: plan.figures for plan, _ in made}
+    for merit in merits.values():
+        if merit.amplification > AMPLIFIES:
+            yield cli_weights.amplifies(merit)
     for plan, report in made:
         if report is None and os.path.lexists(plan.output or "") and not options.overwrite:
             yield f"note: {plan.output} exists; writing it needs --overwrite"
@@ -416,7 +420,7 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
         proportion = "" if several else f"  {part.proportion:.4f}"
         yield f"{part.path:<{width}}  {part.step:>10g}{proportion}"
     if not several:
-        yield _figures_line(plan.schedule, plan.figures, len(plan.inputs))
+        yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)
     yield f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers"
     if plan.paired:
@@ -454,19 +458,7 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     yield f"{read} read once, {written} written to each of {len(made)} files"
     for each, _ in made:
         yield f"{verb} {each.output}"
-        yield "  " + _figures_line(each.schedule, each.figures, len(each.inputs))
-
-
-def _figures_line(text: str, merit: schedules.Figures, count: int) -> str:
-    amplification = f", amplification {merit.amplification:.3g}" * (merit.amplification > 1.0000001)
-    return (
-        f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
-        f"mean age {merit.mean_age:.4g} steps{amplification}"
-    )
-
-
-def _glyph(fine: str, plain: str) -> str:
-    return fine if "utf" in (sys.stdout.encoding or "").lower() else plain
+        yield "  " + cli_weights.figures_line(each.schedule, each.figures, len(each.inputs))
 
 
 def _count(number: int, noun: str) -> str:
@@ -486,40 +478,6 @@ def _shorten(lines: list[str], most: int = _SHOWN) -> list[str]:
     if len(lines) <= most:
         return lines
     return [*lines[: most - 1], f"  ... and {len(lines) - most + 1:,} more"]
-
-
-def _weights(options: argparse.Namespace) -> None:
-    given = [bool(options.inputs), options.n is not None, options.steps is not None]
-    if sum(given) != 1:
-        options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
-    if options.inputs:
-        steps: Sequence[float] = read_steps(expand(options.inputs, sort=True))
-    else:
-        steps = schedules.check_steps(options.steps or range(1, options.n + 1))
-    schedule = schedules.resolve(options.spec)
-    merit = schedules.figures(schedule(steps), steps)
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "weights": str(schedule),
-                    "steps": list(steps),
-                    "coefficients": merit.proportions.tolist(),
-                    "effective_number": merit.effective_number,
-                    "mean_age": merit.mean_age,
-                    "amplification": merit.amplification,
-                },
-                indent=2,
-            )
-        )
-        return
-    block = _glyph("█", "#")
-    largest = max(abs(merit.proportions))
-    print(f"{'step':>10}  weight")
-    for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
-        bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
-        print(f"{step:>10g}  {weight:8.5f}  {bar}")
-    print(_figures_line(str(schedule), merit, len(steps)))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -564,7 +522,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else ""))
         width = max(len(spec.name) for spec in specs)
         for spec in specs:
-            shape = f" {_glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
+            shape = f" {cli_weights.glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
             print(f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {_bytes(spec.nbytes):>12}")
 
 

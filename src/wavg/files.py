@@ -6,6 +6,7 @@ The composition root: here, and only here, formats, plan, stream and publishing 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError
 from wavg.formats import adapters, format_of_output, open_file
-from wavg.grid import Grid, select
+from wavg.grid import Grid, Selection, select
 from wavg.inputs import PathLike
 from wavg.opening import digests, opened, uncollected, verify_checksums, verify_unchanged
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
@@ -274,12 +275,13 @@ def average_checkpoints(
         workers=workers if workers is not None else _available_cores(),
     )
     grid = Grid.of(weights, last)
-    paths, all_steps = select(inputs, steps, grid, sort, output)
-    targets = grid.outputs(output, paths)
+    selection = select(inputs, steps, grid, sort, output, _opening(opaque_dtype, isolate))
+    paths = selection.paths
+    targets = grid.outputs(output, selection)
     for target in targets:
         outputs.refuse(target, paths[-1], overwrite=overwrite)
     with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
-        plans = _plans(checkpoints, all_steps, grid, targets, options)
+        plans = _plans(checkpoints, selection, grid, targets, options)
         outputs.refuse_full(plans)
         with _progress_bar(plans[0], progress) as tick:
             verify_checksums(checkpoints, plans[0].workers, tick)
@@ -427,12 +429,13 @@ def plan_average(
         workers=workers if workers is not None else _available_cores(),
     )
     grid = Grid.of(weights, last)
-    paths, all_steps = select(inputs, steps, grid, sort, output)
-    targets = grid.outputs(output, paths)
+    selection = select(inputs, steps, grid, sort, output, _opening(opaque_dtype, isolate))
+    paths = selection.paths
+    targets = grid.outputs(output, selection)
     for target in targets:
         outputs.refuse(target, paths[-1], overwrite=True)  # a folder that is missing is told now
     with opened(paths, opaque_dtype, isolate) as checkpoints:
-        plans = _plans(checkpoints, all_steps, grid, targets, options)
+        plans = _plans(checkpoints, selection, grid, targets, options)
     return plans if grid.many else plans[0]
 
 
@@ -570,18 +573,22 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _opening(opaque_dtype: str | None, isolate: bool) -> Callable[[str], Checkpoint]:
+    return functools.partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
+
+
 def _plans(
     checkpoints: Sequence[Checkpoint],
-    steps: tuple[float, ...],
+    selection: Selection,
     grid: Grid,
     targets: Sequence[str],
     options: Options,
 ) -> list[Plan]:
-    cells = grid.cells(len(checkpoints))
+    cells = grid.cells(selection.count)
     places: Sequence[str | None] = targets or [None] * len(cells)
     weightings = [
-        Weighting(str(rule), rule(steps[-number:]), target)
-        for (rule, number), target in zip(cells, places, strict=True)
+        Weighting(str(rule), row, target)
+        for (rule, _), row, target in zip(cells, selection.rows, places, strict=True)
     ]
     reference = checkpoints[-1].index
     adapters.refuse_unlike([checkpoint.path for checkpoint in checkpoints])
@@ -589,7 +596,7 @@ def _plans(
     with uncollected():
         plans = make_plans(
             [checkpoint.index for checkpoint in checkpoints],
-            steps,
+            selection.steps,
             weightings,
             options,
             patches=created is not None and created.name == reference.format,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ import numpy as np
 from wavg import weights as schedules
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, is_folder_output
-from wavg.inputs import PathLike, expand, read_steps
+from wavg.inputs import PathLike, expand, named_steps, read_steps
+from wavg.recorded import Open, recorded_steps, recorded_weights
 
-__all__ = ["Grid", "select"]
+__all__ = ["Grid", "Selection", "in_time", "select", "weigh"]
 
 _PLACEHOLDERS = {"{weights}", "{last}"}
 
@@ -54,9 +57,9 @@ class Grid:
         """Return the averages of so many inputs, each as a schedule and the inputs it takes."""
         return [(rule, last or count) for rule in self.rules for last in self.lasts]
 
-    def outputs(self, output: PathLike | None, inputs: Sequence[str]) -> list[str]:
+    def outputs(self, output: PathLike | None, selection: Selection) -> list[str]:
         """Return the averages' paths; none for arrays."""
-        count = len(inputs)
+        count, newest = selection.count, selection.paths[-1]
         if output is None:
             return []
         template = os.fspath(output)
@@ -73,7 +76,7 @@ class Grid:
         for rule, number in self.cells(count):
             text = str(rule).replace(":", "-").replace("/", "-")
             path = template.replace("{weights}", text).replace("{last}", str(number))
-            if not is_folder_output(path, inputs[-1]):
+            if not is_folder_output(path, newest):
                 format_of_output(path)
             if path in paths:
                 advice = "put {weights} and {last} into the output's name"
@@ -87,22 +90,90 @@ class Grid:
         return paths
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What the averages of one call are made of.
+
+    Attributes
+    ----------
+    paths, steps
+        The checkpoints that have a weight in any of them, oldest first, and the newest.
+    rows
+        For each cell of the grid the weights of the newest of these.
+    count
+        How many checkpoints there were, those without a weight included.
+    """
+
+    paths: list[str]
+    steps: tuple[float, ...]
+    rows: list[schedules.F64]
+    count: int
+
+
 def select(
     inputs: PathLike | Iterable[PathLike],
     steps: Sequence[float] | None,
     grid: Grid,
     sort: bool | None,
     output: PathLike | None,
-) -> tuple[list[str], tuple[float, ...]]:
-    """Return the paths that any average takes and their steps, oldest first."""
+    open_: Open,
+) -> Selection:
+    """Return the checkpoints that any average needs, with their weights.
+
+    One without a weight is not read at all, so that its values cannot matter; the newest stays, for
+    outputs follow it.
+    """
     paths = expand(inputs, sort=sort, output=None if output is None else os.fspath(output))
-    if steps is not None and len(steps) != len(paths):
-        raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
-    numbers = read_steps(paths) if steps is None else schedules.check_steps(steps)
+    paths, numbers = in_time(paths, steps, grid.rules, open_)
     lasts = [len(paths) if last is None else last for last in grid.lasts]
     for last in lasts:
         if not 1 <= last <= len(paths):
             raise WeightError(
                 f"last must be between 1 and {len(paths)}, the number of checkpoints, not {last}"
             )
-    return paths[-max(lasts) :], numbers[-max(lasts) :]
+    paths, numbers = paths[-max(lasts) :], numbers[-max(lasts) :]
+    rows = [weigh(rule, paths[-n:], numbers[-n:], open_) for rule, n in grid.cells(len(paths))]
+    used = np.zeros(len(paths), np.bool_)
+    used[-1] = True
+    for row in rows:
+        used[-len(row) :] |= row != 0
+    return Selection(
+        list(itertools.compress(paths, used)),
+        tuple(itertools.compress(numbers, used)),
+        [row[used[-len(row) :]] for row in rows],
+        len(paths),
+    )
+
+
+def in_time(
+    paths: list[str],
+    steps: Sequence[float] | None,
+    rules: Sequence[schedules.Schedule],
+    open_: Open,
+) -> tuple[list[str], tuple[float, ...]]:
+    """Return paths, oldest first, with their steps: given, or told by names, or by metadata.
+
+    Averages tracked side by side share steps; they are put in the order of these.
+    """
+    if steps is not None and len(steps) != len(paths):
+        raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
+    if not any(rule.repeats for rule in rules):
+        if steps is not None:
+            return paths, schedules.check_steps(steps)
+        return paths, read_steps(paths, lambda paths: recorded_steps(paths, open_))
+    numbers = tuple(map(float, steps)) if steps is not None else named_steps(paths, repeats=True)
+    numbers = numbers or recorded_steps(paths, open_, repeats=True)
+    if numbers is None:
+        raise WeightError("neither names nor metadata tell the inputs' steps; pass steps (--steps)")
+    order = sorted(range(len(paths)), key=numbers.__getitem__)
+    for rule in rules:
+        schedules.check_steps([numbers[place] for place in order], repeats=rule.repeats)
+    return [paths[place] for place in order], tuple(numbers[place] for place in order)
+
+
+def weigh(
+    rule: schedules.Schedule, paths: Sequence[str], steps: Sequence[float], open_: Open
+) -> schedules.F64:
+    """Return the weights of checkpoints by a schedule, which may ask what they are."""
+    inputs = [schedules.Input(path, partial(recorded_weights, path, open_)) for path in paths]
+    return rule(steps, inputs)

@@ -11,14 +11,14 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
 from wavg.formats import ending_of, format_of_output, is_checkpoint_name
 from wavg.formats.folders import INDEX, checkpoint_in, is_shard
 
-__all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps"]
+__all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps", "rises"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
@@ -204,35 +204,47 @@ def _without_aliases(paths: list[str]) -> list[str]:
     return [p for p in paths if not (os.path.islink(p) and os.path.realpath(p) in own)]
 
 
-def read_steps(paths: Sequence[str]) -> tuple[float, ...]:
+def read_steps(
+    paths: Sequence[str],
+    recorded: Callable[[Sequence[str]], tuple[float, ...] | None] | None = None,
+) -> tuple[float, ...]:
     """Read each checkpoint's step from its name; 1 … N where that is not an increasing series.
 
     A number behind ``step`` counts first, then one behind ``epoch``, then the last whole number of
     the name; first of the files' names, then of their folders'. Decimals, such as a loss, are no
-    steps.
+    steps. Where names tell nothing, `recorded` is asked.
 
     >>> read_steps(["run/model_490.h5", "run/model_500.h5"])
     (490.0, 500.0)
     >>> read_steps(["w.05-0.81.h5", "w.06-0.72.h5"]), read_steps(["best.h5", "last.h5"])
     ((5.0, 6.0), (1.0, 2.0))
     """
-    return named_steps(paths) or tuple(float(position) for position in range(1, len(paths) + 1))
+    counted = tuple(float(position) for position in range(1, len(paths) + 1))
+    return named_steps(paths) or (recorded and recorded(paths)) or counted
 
 
-def named_steps(paths: Sequence[str]) -> tuple[float, ...] | None:
+def named_steps(paths: Sequence[str], *, repeats: bool = False) -> tuple[float, ...] | None:
     """Return the steps that the names tell, or None if they tell no increasing series.
+
+    With `repeats` it may be any series.
 
     >>> named_steps(["best.h5", "last.h5"]) is None
     True
+    >>> named_steps(["ema-0.05-10.h5", "ema-0.10-10.h5"], repeats=True)
+    (10.0, 10.0)
     """
     for names in _names(paths):
         for pattern in (*_NAMED, None):
             steps = [_step(name, pattern) for name in names]
             known = [step for step in steps if step is not None]
-            rising = all(a < b for a, b in itertools.pairwise(known))
-            if len(known) == len(paths) and rising:
+            if len(known) == len(paths) and (repeats or rises(known)):
                 return tuple(known)
     return None
+
+
+def rises(steps: Sequence[float]) -> bool:
+    """Whether every step is above the one before."""
+    return all(a < b for a, b in itertools.pairwise(steps))
 
 
 _NAMED = (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)")

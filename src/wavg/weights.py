@@ -1,7 +1,8 @@
-"""Schedules: rules that turn the checkpoints' steps into averaging weights.
+"""Weights by name: the text form of schedules, what stands for one, and figures of merit.
 
-This module knows numbers only: no files, no tensors. A schedule is written in one short text,
-``exponential:alpha=2``, that the command line, the reports and the constructors here share.
+The schedules themselves are in `wavg.rules`, `wavg.moving`, `wavg.posthoc` and `wavg.listed`; other
+modules take them from here. A schedule is written in one short text, ``exponential:alpha=2``, that
+the command line, the reports and the constructors share.
 """
 
 from __future__ import annotations
@@ -12,185 +13,95 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from wavg import listed
 from wavg.errors import WeightError
+from wavg.moving import bema, dema, ema, power_ema
+from wavg.posthoc import AMPLIFIES, post_hoc_ema
+from wavg.rules import (
+    cumulative_window,
+    equal,
+    explicit,
+    exponential,
+    lawa,
+    linear,
+    polynomial,
+    polynomial_decay,
+    schedule_free,
+    wsm,
+)
+from wavg.schedule import F64, Input, Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
+    "AMPLIFIES",
+    "F64",
+    "KNOWN",
     "Figures",
+    "Input",
     "Schedule",
     "WeightsLike",
+    "bema",
     "check_steps",
+    "cumulative_window",
+    "dema",
+    "ema",
     "equal",
     "explicit",
     "exponential",
     "figures",
     "is_several",
+    "lawa",
     "linear",
     "parse",
+    "polynomial",
+    "polynomial_decay",
+    "post_hoc_ema",
+    "power_ema",
     "resolve",
+    "schedule_free",
+    "wsm",
 ]
-
-F64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A weighting scheme.
-
-    Attributes
-    ----------
-    text
-        The text form, which `parse` reads back.
-    coefficients
-        From the steps, oldest first, shape (N,), to unnormalised weights, shape (N,), float64.
-    update
-        For a stream whose length is unknown: from a model's 1-based position, its step and the
-        step of the one before (0 for the first) to the pair (keep, add) of
-        ``sum = keep * sum + add * model``; the average is the sum divided by the like sum of ones.
-        None where there is no such form.
-
-    Examples
-    --------
-    >>> schedule = linear()
-    >>> schedule(np.array([100, 200, 300]))
-    array([1., 2., 3.])
-    >>> str(exponential(alpha=3))
-    'exponential:alpha=3'
-    """
-
-    text: str
-    coefficients: Callable[[F64], F64]
-    update: Callable[[int, float, float], tuple[float, float]] | None = None
-
-    def __call__(self, steps: npt.ArrayLike) -> F64:
-        """Return the weights of checkpoints saved at these steps, oldest first."""
-        return self.coefficients(np.asarray(steps, dtype=np.float64))
-
-    def __str__(self) -> str:
-        return self.text
-
 
 WeightsLike: TypeAlias = "str | Schedule | Sequence[float] | npt.NDArray[np.float64]"
 
-
-def equal() -> Schedule:
-    """Weigh all alike: ``c_i = 1``. Also called SWA, LAWA, a uniform soup.
-
-    References
-    ----------
-    Polyak & Juditsky 1992, *Acceleration of Stochastic Approximation by Averaging*;
-    Izmailov et al. 2018, arXiv:1803.05407; Kaddour 2022, arXiv:2209.14981.
-
-    Examples
-    --------
-    >>> equal()([10, 20, 30])
-    array([1., 1., 1.])
-    """
-    return Schedule("equal", lambda steps: np.ones(len(steps)), lambda position, *_: (1.0, 1.0))
-
-
-def linear() -> Schedule:
-    """Weigh newer checkpoints more, in proportion to their position: ``c_i = i``, oldest first.
-
-    Of N checkpoints, newest first j = 1 … N, this is (N - j + 1) / N up to the factor N.
-
-    References
-    ----------
-    PMA-WMA in arXiv:2505.12082.
-
-    Examples
-    --------
-    >>> linear()([10, 20, 30])
-    array([1., 2., 3.])
-    """
-    return Schedule(
-        "linear",
-        lambda steps: np.arange(1.0, len(steps) + 1),
-        lambda position, *_: (1.0, float(position)),
+_CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
+    made.__name__: made
+    for made in (
+        equal,
+        linear,
+        exponential,
+        polynomial,
+        polynomial_decay,
+        schedule_free,
+        lawa,
+        ema,
+        dema,
+        bema,
+        power_ema,
+        post_hoc_ema,
+        wsm,
+        cumulative_window,
     )
-
-
-def exponential(alpha: float = 2.0) -> Schedule:
-    """Weigh the j-th newest checkpoint ``exp(-j / alpha)``.
-
-    Parameters
-    ----------
-    alpha
-        The decay, in checkpoints: after so many, the weight has fallen to 1/e. Positive.
-
-    Examples
-    --------
-    >>> exponential(alpha=2)([10, 20, 30]).round(4)
-    array([0.3679, 0.6065, 1.    ])
-    """
-    if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha > 0):
-        raise WeightError(f"exponential: alpha must be a positive number, not {alpha!r}")
-    decay = float(alpha)
-
-    def coefficients(steps: F64) -> F64:
-        with np.errstate(over="ignore"):  # so small an alpha leaves the newest alone
-            return np.exp(np.arange(1.0 - len(steps), 1.0) / decay)
-
-    return Schedule(
-        f"exponential:alpha={_text(decay)}",
-        coefficients,
-        lambda *_: (math.exp(-1.0 / decay), 1.0),
-    )
-
-
-def explicit(weights: Sequence[float] | F64) -> Schedule:
-    """Give one weight a checkpoint, oldest first.
-
-    Parameters
-    ----------
-    weights
-        Finite numbers; negative ones are allowed, a sum of zero is not.
-
-    Examples
-    --------
-    >>> explicit([0.5, 0.3, 0.2])([10, 20, 30])
-    array([0.5, 0.3, 0.2])
-    """
-    try:
-        values = np.array(weights, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise WeightError(f"weights must be numbers, not {weights!r}") from None
-    if values.ndim != 1 or not len(values):
-        raise WeightError(f"weights must be a flat list of numbers, not shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise WeightError(f"weights must be finite, not {values.tolist()}")
-    if sum(map(Fraction, values.tolist())) == 0:
-        raise WeightError("the weights sum to zero, so there is no average; change one of them")
-
-    def coefficients(steps: F64) -> F64:
-        if len(steps) != len(values):
-            raise WeightError(f"{len(values)} weights were given for {len(steps)} checkpoints")
-        return values.copy()
-
-    return Schedule(",".join(map(_text, values.tolist())), coefficients)
-
-
-def _text(value: float) -> str:
-    return repr(float(value)).removesuffix(".0")
-
-
-_SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "equal": equal,
-    "linear": linear,
-    "exponential": exponential,
 }
+KNOWN = (
+    *("equal", "linear", "exponential:alpha=2", "polynomial:power=2", "polynomial_decay:eta=3"),
+    *("schedule_free:r=0", "lawa:last=10,every=1", "ema:decay=0.99", "ema:half_life=1000"),
+    *("dema:decay=0.99", "bema", "power_ema:sigma_rel=0.1", "post_hoc_ema:sigma_rel=0.1"),
+    *("wsm:shape=1-sqrt", "cumulative_window"),
+)
 
 
 def parse(text: str) -> Schedule:
     """Read the text form of a schedule: ``NAME``, ``NAME:KEY=VALUE,…`` or numbers with commas.
+
+    A text that ends with ``.json`` or ``.csv`` is a file that lists the weights.
 
     Raises
     ------
@@ -209,19 +120,20 @@ def parse(text: str) -> Schedule:
     wavg.errors.WeightError: unknown weights 'cubic'; there are equal, linear, ...
     """
     name, _, rest = text.strip().partition(":")
-    if name not in _SCHEDULES:
+    if name not in _CONSTRUCTORS:
+        if text.lower().endswith(listed.ENDINGS):
+            return listed.read(text)
         try:
-            return explicit([float(part) for part in text.split(",")])
-        except ValueError as error:
-            if isinstance(error, WeightError):
-                raise
-            known = ", ".join(str(schedule()) for schedule in _SCHEDULES.values())
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
             raise WeightError(
-                f"unknown weights {text!r}; there are {known} and numbers with commas, "
-                "one a checkpoint, oldest first, such as 0.2,0.3,0.5"
+                f"unknown weights {text!r}; there are {', '.join(KNOWN)}, numbers with commas, one "
+                "a checkpoint, oldest first, such as 0.2,0.3,0.5, and files that list them, such "
+                "as weights.json or weights.csv"
             ) from None
-    takes = list(inspect.signature(_SCHEDULES[name]).parameters)
-    arguments: dict[str, float] = {}
+        return explicit(numbers)
+    takes = inspect.signature(_CONSTRUCTORS[name]).parameters
+    arguments: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if key not in takes or not equals or key in arguments:
@@ -229,11 +141,22 @@ def parse(text: str) -> Schedule:
                 f"cannot understand {part!r} in weights {text!r}; "
                 f"{name} takes {', '.join(takes) or 'no parameters'}"
             )
+        read, kind = _READERS[takes[key].annotation.partition(" |")[0]]
         try:
-            arguments[key] = float(value)
-        except ValueError:
-            raise WeightError(f"{value!r} in weights {text!r} is not a number") from None
-    return _SCHEDULES[name](**arguments)
+            arguments[key] = read(value)
+        except (ValueError, KeyError):
+            raise WeightError(f"{value!r} in weights {text!r} is not {kind}") from None
+    return _CONSTRUCTORS[name](**arguments)
+
+
+# How a parameter's value is read, by its annotation.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "float": (float, "a number"),
+    "int": (int, "a whole number"),
+    "str": (str, "a text"),
+    "bool": ({"true": True, "false": False}.__getitem__, "true or false"),
+    "Sequence[float]": (lambda text: [float(part) for part in text.split("/")], "numbers with /"),
+}
 
 
 def is_several(weights: WeightsLike | Sequence[WeightsLike]) -> TypeIs[Sequence[WeightsLike]]:
@@ -284,14 +207,14 @@ class Figures:
     amplification: float
 
 
-def check_steps(steps: Sequence[float]) -> tuple[float, ...]:
-    """Return steps as numbers, or refuse those that do not increase.
+def check_steps(steps: Sequence[float], *, repeats: bool = False) -> tuple[float, ...]:
+    """Return steps as numbers, or refuse those that do not increase, or fall where they may repeat.
 
     >>> check_steps([10, 20])
     (10.0, 20.0)
     """
     numbers = tuple(map(float, steps))
-    rising = all(a < b for a, b in itertools.pairwise(numbers))
+    rising = all(a < b or (repeats and a == b) for a, b in itertools.pairwise(numbers))
     if not rising or not all(map(math.isfinite, numbers)):
         raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
     return numbers

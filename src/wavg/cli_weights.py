@@ -1,0 +1,131 @@
+"""``wavg weights``: schedules shown as numbers, bars, figures of merit, and in a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from wavg import weights as schedules
+from wavg.formats import open_file
+from wavg.grid import in_time, weigh
+from wavg.inputs import expand
+
+__all__ = ["add_arguments", "amplifies", "figures_line", "glyph", "known", "run"]
+
+
+def known() -> str:
+    """Return what a SPEC may be, for a help text."""
+    return (
+        f"{', '.join(schedules.KNOWN)}; or numbers, oldest first, such as 1,2,3; or a file that "
+        "lists them, weights.json or weights.csv"
+    )
+
+
+def add_arguments(
+    command: argparse.ArgumentParser, positive: Callable[[str], int], numbers: Callable[[str], Any]
+) -> None:
+    """Declare the command's arguments, with the types that the command line has for numbers."""
+    add = command.add_argument
+    add("spec", metavar="SPEC", help=known())
+    add("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
+    add("-n", type=positive, metavar="N", help="for N checkpoints, one step apart")
+    add("--steps", type=numbers, metavar="A,B,...", help="for checkpoints at these")
+    add(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="show this schedule, too; may be given several times",
+    )
+    add("--plot", metavar="FILE", help="draw the weights into a picture, .png, .svg or .pdf")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show what was asked for."""
+    given = [bool(options.inputs), options.n is not None, options.steps is not None]
+    if sum(given) != 1:
+        options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
+    rules = [schedules.resolve(text) for text in (options.spec, *options.compare)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "post_hoc_ema")  # the note below says it
+        steps, rows = _rows(options, rules)
+    merits = [schedules.figures(row, steps) for row in rows]
+    if options.plot:
+        from wavg import picture
+
+        picture.draw(options.plot, steps, [*zip(map(str, rules), merits, strict=True)])
+    if options.json:
+        told = [
+            _as_json(str(rule), steps, merit) for rule, merit in zip(rules, merits, strict=True)
+        ]
+        print(json.dumps(told[0] if len(told) == 1 else {"schedules": told}, indent=2))
+        return
+    for number, (rule, merit) in enumerate(zip(rules, merits, strict=True)):
+        if number:
+            print()
+        print("\n".join(_chart(str(rule), steps, merit)))
+    if options.plot:
+        print(f"drew {options.plot}")
+
+
+def _rows(
+    options: argparse.Namespace, rules: Sequence[schedules.Schedule]
+) -> tuple[tuple[float, ...], list[schedules.F64]]:
+    """Return the steps and each schedule's weights."""
+    if options.inputs:
+        opening = partial(open_file, isolate=True)
+        paths, steps = in_time(expand(options.inputs, sort=True), None, rules, opening)
+        return steps, [weigh(rule, paths, steps, opening) for rule in rules]
+    numbers = options.steps or range(1, options.n + 1)
+    for rule in rules:
+        steps = schedules.check_steps(numbers, repeats=rule.repeats)
+    return steps, [rule(steps) for rule in rules]
+
+
+def _as_json(text: str, steps: Sequence[float], merit: schedules.Figures) -> dict[str, Any]:
+    return {
+        "weights": text,
+        "steps": list(steps),
+        "coefficients": merit.proportions.tolist(),
+        "effective_number": merit.effective_number,
+        "mean_age": merit.mean_age,
+        "amplification": merit.amplification,
+    }
+
+
+def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Iterator[str]:
+    block = glyph("█", "#")
+    largest = max(abs(merit.proportions))
+    yield f"{'step':>10}  weight"
+    for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
+        bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
+        yield f"{step:>10g}  {weight:8.5f}  {bar}"
+    yield figures_line(text, merit, len(steps))
+    if merit.amplification > schedules.AMPLIFIES:
+        yield amplifies(merit)
+
+
+def figures_line(text: str, merit: schedules.Figures, count: int) -> str:
+    """Describe weights in one line."""
+    amplification = f", amplification {merit.amplification:.3g}" * (merit.amplification > 1.0000001)
+    return (
+        f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
+        f"mean age {merit.mean_age:.4g} steps{amplification}"
+    )
+
+
+def amplifies(merit: schedules.Figures) -> str:
+    """Say what a large amplification does."""
+    return (
+        f"note: rounding and noise in the inputs come out {merit.amplification:.3g} times as large"
+    )
+
+
+def glyph(fine: str, plain: str) -> str:
+    """Choose what the terminal can show."""
+    return fine if "utf" in (sys.stdout.encoding or "").lower() else plain

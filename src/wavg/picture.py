@@ -1,0 +1,81 @@
+"""Weights in a picture: a small panel for each schedule, all to one scale. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wavg.errors import MissingDependencyError, OutputError
+from wavg.weights import Figures
+
+__all__ = ["draw"]
+
+_COLUMNS = 4
+_LEGIBLE = 34  # characters of a title
+
+
+def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures]]) -> None:
+    """Draw the proportions that schedules give to checkpoints at some steps; replaces the file.
+
+    Parameters
+    ----------
+    path
+        Its ending tells the kind of picture.
+    steps
+        Where the checkpoints were saved, shape (N,).
+    weights
+        Each schedule's text and figures.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    OutputError
+        No picture can be of that kind, or be written there.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a picture needs matplotlib ({error}): pip install 'wavg[plot]'"
+        ) from None
+    columns = min(_COLUMNS, len(weights))
+    rows = -(-len(weights) // columns)
+    size = (3.1 * columns, 1.9 * rows + 0.5)
+    figure = Figure(figsize=size if columns > 1 else (5, 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    gaps = np.diff(steps)
+    width = 0.8 * (float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0)
+    for panel, (text, merit) in zip(panels, weights, strict=False):
+        colors = np.where(merit.proportions < 0, "tab:red", "tab:blue")
+        panel.bar(steps, merit.proportions, width, color=colors)
+        panel.axhline(1 / len(steps), color="0.6", linewidth=0.8, linestyle=":")
+        panel.axhline(0, color="0.2", linewidth=0.8)
+        panel.set_title(_short(text), fontsize=9)
+        said = f"{merit.effective_number:.3g} of {len(steps)}, age {merit.mean_age:.3g}"
+        said += f", ×{merit.amplification:.3g}" * (merit.amplification > 1.0000001)
+        panel.text(
+            0.03,
+            0.95,
+            said,
+            transform=panel.transAxes,
+            verticalalignment="top",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
+        )
+        panel.tick_params(labelsize=8)
+    for panel in panels[len(weights) :]:
+        panel.set_visible(False)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("weight, as a share of the sum", fontsize=9)
+    try:
+        with mpl.rc_context({"svg.hashsalt": "wavg"}):  # the same picture, the same bytes
+            figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    except ValueError as error:
+        raise OutputError(f"{path}: {error}", path=path) from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LEGIBLE else text[: _LEGIBLE - 1] + "…"

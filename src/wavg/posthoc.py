@@ -1,0 +1,172 @@
+"""Post-hoc EMA: the average of any width at any step, from a few that were tracked.
+
+It knows profiles and steps; where a file says what width it has is for `Input` to tell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from wavg.errors import WeightError
+from wavg.moving import power_of
+from wavg.schedule import F64, Input, Schedule, checked, checked_steps, spell
+
+__all__ = ["AMPLIFIES", "post_hoc_ema"]
+
+# Where rounding and noise of the inputs come out ten times as large, a decimal digit of them is
+# lost: of the two to three that bfloat16 has, that shows.
+AMPLIFIES = 10.0
+
+
+def post_hoc_ema(
+    gamma: float | None = None,
+    sigma_rel: float | None = None,
+    step: float | None = None,
+    tracked: Sequence[float] | None = None,
+) -> Schedule:
+    """Combine averages tracked by `power_ema` into the one of another width, or at another step.
+
+    The weights x are those for which ``Σ x_i p_i`` is nearest to the wanted profile, p_i being the
+    profile of the i-th input: the least-squares solution of ``A x = b``, where ⟨a,b⟩ of two
+    profiles is ``(γ_a+1)(γ_b+1) (t_a/t_b)^e / ((γ_a+γ_b+1) max(t_a,t_b))``, e = γ_b if t_a < t_b,
+    else -γ_a.
+
+    Parameters
+    ----------
+    gamma, sigma_rel
+        The width wanted, as for `power_ema`.
+    step
+        The end of the average wanted; by default the newest input's step. Inputs that end later
+        weigh nothing.
+    tracked
+        The widths that the inputs have, in the measure of the one wanted: one an input, or those of
+        each step, in the order of the inputs, which are then as many at every step. By default what
+        a file's metadata says (as `wavg.StreamingAverager` writes it), or its name
+        (``sigma_rel=0.05`` or ``gamma=6.94`` in it).
+
+    Notes
+    -----
+    Averages of two widths or more have to be given for each of many steps; equal steps are allowed
+    here. A has the profiles' scalar products, and neighbours are nearly alike: its condition
+    reaches 10⁸. The singular value decomposition, in float64, leaves out directions that rounding
+    has swallowed, which the result does not depend on. What it does depend on are rounding and
+    noise in the inputs: they come out larger by the amplification Σ|x|, and above 10 there is a
+    warning.
+
+    References
+    ----------
+    Karras et al. 2024, arXiv:2312.02696, section 3.2 and appendix C.
+
+    Examples
+    --------
+    >>> schedule = post_hoc_ema(sigma_rel=0.08, tracked=[0.05, 0.10])
+    >>> schedule([1000, 1000, 2000, 2000, 3000, 3000]).round(2) + 0.0
+    array([ 0.  ,  0.  ,  0.  , -0.02,  0.26,  0.76])
+    """
+    wanted = power_of("post_hoc_ema", gamma, sigma_rel)
+    end = None if step is None else checked(step, "post_hoc_ema: step")
+    widths = None if tracked is None else _powers(tracked, sigma_rel is None)
+
+    def combine(steps: F64, powers: F64) -> F64:
+        checked_steps("post_hoc_ema", steps, positive=True)
+        until = float(steps[-1]) if end is None else end
+        used = steps <= until
+        if not used.any():
+            raise WeightError(
+                f"post_hoc_ema: no input ends at step {until:g} or before; the first ends at "
+                f"{steps[0]:g}"
+            )
+        weights = np.zeros(len(steps))
+        weights[used] = _solve(steps[used], powers[used], until, wanted)
+        amplification = float(np.abs(weights).sum())
+        if amplification > AMPLIFIES:
+            warnings.warn(
+                f"{text}: rounding and noise in the inputs grow by the amplification, "
+                f"{amplification:.3g}; a width between those tracked, or more snapshots, need less",
+                stacklevel=3,
+            )
+        return weights
+
+    def coefficients(steps: F64) -> F64:
+        if widths is None:
+            raise WeightError(
+                "post_hoc_ema needs the widths of the averages that were tracked: tracked=..., as "
+                f"in {text},tracked=0.05/0.1, one an input or those of each step"
+            )
+        return combine(steps, _spread(widths, steps))
+
+    def of_inputs(steps: F64, inputs: Sequence[Input]) -> F64:
+        if widths is not None:
+            return coefficients(steps)
+        return combine(steps, np.array([_power_of_input(each, text) for each in inputs]))
+
+    text = spell(
+        "post_hoc_ema",
+        gamma=gamma,
+        sigma_rel=sigma_rel,
+        step=end,
+        tracked=None if tracked is None else tuple(map(float, tracked)),
+    )
+    return Schedule(text, coefficients, of_inputs=of_inputs, repeats=True)
+
+
+def _powers(tracked: Sequence[float], are_gammas: bool) -> list[float]:
+    name = "post_hoc_ema: tracked"
+    if isinstance(tracked, str) or not np.size(tracked):
+        raise WeightError(f"{name} must be a list of widths, not {tracked!r}")
+    if are_gammas:
+        return [power_of(name, gamma, None) for gamma in tracked]
+    return [power_of(name, None, width) for width in tracked]
+
+
+def _spread(powers: Sequence[float], steps: F64) -> F64:
+    """Return the power of each input, from those of each or of each step."""
+    if len(powers) == len(steps):
+        return np.array(powers)
+    groups, rest = divmod(len(steps), len(powers))
+    if rest or (np.diff(steps.reshape(groups, -1), axis=1) != 0).any():
+        raise WeightError(
+            f"post_hoc_ema: {len(powers)} widths were given for {len(steps)} inputs; give one an "
+            "input, or as many as there are inputs at every step"
+        )
+    return np.tile(np.array(powers), groups)
+
+
+def _power_of_input(given: Input, text: str) -> float:
+    """Return the power that a file's metadata or name tells."""
+    folder, name = os.path.split(os.path.abspath(given.path))
+    for said in (given.weights() or "", os.path.splitext(name)[0], os.path.basename(folder)):
+        match = re.search(r"(gamma|sigma_rel)[=_-]?(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", said)
+        if match:
+            return power_of(
+                f"{given.path}", **{"gamma": None, "sigma_rel": None, match[1]: float(match[2])}
+            )
+    raise WeightError(
+        f"{given.path}: neither its metadata nor its name tells which width it was tracked with "
+        f"(power_ema:sigma_rel=...); say so in the weights: {text},tracked=0.05/0.1, one an input "
+        "or those of each step",
+        path=given.path,
+    )
+
+
+def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
+    """Return the weights, of sum one, with which profiles come nearest to the wanted one."""
+    times = steps / end
+    products = _product(times[:, None], powers[:, None], times[None, :], powers[None, :])
+    target = _product(times, powers, np.ones(1), np.full(1, wanted))
+    weights, *_ = np.linalg.lstsq(products, target, rcond=None)
+    total = float(weights.sum())
+    return np.asarray(weights / total, np.float64)
+
+
+def _product(times: F64, powers: F64, ends: F64, others: F64) -> F64:
+    """Return the scalar product of profiles ``p(τ) = (γ+1)/t · (τ/t)^γ`` on (0, t]."""
+    ratio = np.minimum(times, ends) / np.maximum(times, ends)
+    exponent = np.where(times < ends, others, powers)
+    scale = (powers + 1) * (others + 1) / ((powers + others + 1) * np.maximum(times, ends))
+    return np.asarray(scale * ratio**exponent, np.float64)
