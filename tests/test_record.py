@@ -60,7 +60,7 @@ def test_one_versioned_key_is_added_and_the_rest_carried_over(run, tmp_path):
         "inputs": ["m_8.safetensors", "m_9.safetensors", "m_10.safetensors"],
         "sizes": [size] * 3,
         "steps": [8, 9, 10],
-        "proportions": [1 / 6, 2 / 6, 3 / 6],
+        "coefficients": [1, 2, 3],
     }
     assert " " not in metadata["wavg"]
     np.testing.assert_array_equal(
@@ -188,6 +188,9 @@ def test_inspect_shows_the_record(run, tmp_path, capsys):
         '{"v":1,"wavg":"9","weights":"equal","step":1,"count":true}',
         '{"v":1,"wavg":"9","weights":"equal","step":1,"count":1,"inputs":["a"]}',
         '{"v":1,"wavg":"9","weights":"equal","step":1,"count":1,"inputs":4}',
+        '{"v":1,"wavg":"9","weights":"equal","step":NaN,"count":1}',
+        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":2,"inputs":["a","b"],"sizes":[1,1],'
+        '"steps":[1,2],"coefficients":[1,-1]}',
         "[" * 100_000,
     ],
 )
@@ -203,8 +206,8 @@ def test_what_is_no_record_of_this_version_stays_a_text(tmp_path, capsys, text):
         st.tuples(
             st.text(),
             st.integers(0, 2**60),
-            st.floats(allow_nan=False),
-            st.floats(allow_nan=False),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.floats(1e-9, 1e9),
             st.none() | st.text(min_size=1) | st.dictionaries(st.text(), st.text(), min_size=1),
         )
     )

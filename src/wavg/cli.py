@@ -241,7 +241,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         choices=RECORDS,
         default="inputs",
         help="what a safetensors output's metadata says of its inputs: names, sizes, steps, "
-        "proportions; their digests too; or nothing (default: %(default)s)",
+        "coefficients; their digests too; or nothing (default: %(default)s)",
     )
     add(
         "--max-shard-size",
@@ -537,10 +537,9 @@ def _record_as_text(record: Record) -> Iterator[str]:
     title = "inputs, oldest first"
     width = max(len(title), *(len(source.name) for source in record.sources))
     yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
-    for part in record.sources:
+    for part, proportion in zip(record.sources, record.proportions, strict=True):
         yield (
-            f"  {part.name:<{width}}  {part.step:>10g}  {part.proportion:.4f}"
-            f"  {_bytes(part.size):>10}"
+            f"  {part.name:<{width}}  {part.step:>10g}  {proportion:.4f}  {_bytes(part.size):>10}"
         )
         digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
         for name, digest in digests.items():

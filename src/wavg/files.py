@@ -203,7 +203,7 @@ def average_checkpoints(
         Replace an existing output. It may be one of the inputs.
     record
         What safetensors outputs keep of how they came to be, in the key ``wavg`` of their
-        metadata, see `wavg.Record`: the ``"inputs"``, their sizes, steps and proportions;
+        metadata, see `wavg.Record`: the ``"inputs"``, their sizes, steps and coefficients;
         ``"sha256"`` their digests too, at the cost of reading each once more; ``"none"``.
     max_shard_size
         Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
@@ -314,10 +314,10 @@ def _records(
     records: list[str | None] = []
     for plan in plans:
         newest = slice(-len(plan.inputs), None)
-        rows = zip(names[newest], sizes[newest], hashes[newest], plan.inputs, strict=True)
+        columns = names[newest], sizes[newest], plan.inputs, plan.coefficients.tolist()
         sources = tuple(
-            Source(name, size, part.step, part.proportion, digest)
-            for name, size, digest, part in rows
+            Source(name, size, part.step, coefficient, digest)
+            for name, size, part, coefficient, digest in zip(*columns, hashes[newest], strict=True)
         )
         newest_step, told = plan.inputs[-1].step, options.told()
         records.append(Record(plan.schedule, newest_step, sources, len(sources), told).text())

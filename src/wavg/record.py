@@ -7,6 +7,7 @@ neither files nor formats.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class Source:
         Bytes of its file, or of its files together.
     step
         Where in training it was saved.
-    proportion
-        Its weight divided by the sum of all.
+    coefficient
+        Its weight, before division by the sum of all.
     sha256
         The digest of its file, or those of its files by their names; None if it was not asked for.
     """
@@ -41,7 +42,7 @@ class Source:
     name: str
     size: int
     step: float
-    proportion: float
+    coefficient: float
     sha256: str | Mapping[str, str] | None = None
 
 
@@ -67,10 +68,10 @@ class Record:
 
     Examples
     --------
-    >>> record = Record("linear", 20.0, (Source("m_10.npz", 64, 10.0, 0.25),
-    ...                                  Source("m_20.npz", 64, 20.0, 0.75)), 2, {}, "0.1.0")
+    >>> record = Record("linear", 20.0, (Source("m_10.npz", 64, 10.0, 1.0),
+    ...                                  Source("m_20.npz", 64, 20.0, 2.0)), 2, {}, "0.1.0")
     >>> print(record.text())
-    {"v":1,"wavg":"0.1.0","weights":"linear","step":20,"count":2,"inputs":["m_10.npz","m_20.npz"],"sizes":[64,64],"steps":[10,20],"proportions":[0.25,0.75]}
+    {"v":1,"wavg":"0.1.0","weights":"linear","step":20,"count":2,"inputs":["m_10.npz","m_20.npz"],"sizes":[64,64],"steps":[10,20],"coefficients":[1,2]}
     >>> Record.read({"wavg": record.text()}) == record
     True
     """
@@ -81,6 +82,12 @@ class Record:
     count: int
     options: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
+
+    @property
+    def proportions(self) -> list[float]:
+        """Each source's coefficient divided by the sum of all."""
+        total = math.fsum(source.coefficient for source in self.sources)
+        return [source.coefficient / total for source in self.sources]
 
     def text(self) -> str:
         """Return the record as one line of JSON, a list for each property of the inputs."""
@@ -97,7 +104,7 @@ class Record:
             content["inputs"] = [source.name for source in self.sources]
             content["sizes"] = [source.size for source in self.sources]
             content["steps"] = [_short(source.step) for source in self.sources]
-            content["proportions"] = [_short(source.proportion) for source in self.sources]
+            content["coefficients"] = [_short(source.coefficient) for source in self.sources]
             if all(source.sha256 for source in self.sources):
                 digests = [source.sha256 for source in self.sources]
                 content["sha256"] = [d if isinstance(d, str) else dict(d or {}) for d in digests]
@@ -115,20 +122,22 @@ class Record:
             if content["v"] != _VERSION:
                 return None
             columns = [content.get(name, []) for name in ("inputs", "sizes", "steps")]
-            columns += [content.get("proportions", [])]
+            columns += [content.get("coefficients", [])]
             digests = content.get("sha256", [None] * len(columns[0]))
-            return cls(
+            record = cls(
                 _text(content["weights"]),
                 _number(content["step"]),
                 tuple(
-                    Source(_text(name), _whole(size), _number(step), _number(part), _digest(sha))
-                    for name, size, step, part, sha in zip(*columns, digests, strict=True)
+                    Source(_text(name), _whole(size), _number(step), _number(weight), _digest(sha))
+                    for name, size, step, weight, sha in zip(*columns, digests, strict=True)
                 ),
                 _whole(content["count"]),
                 _table(content.get("options", {})),
                 _text(content["wavg"]),
             )
-        except (ValueError, TypeError, KeyError, RecursionError):
+            record.proportions  # noqa: B018 - those of a sound record have a sum
+            return record
+        except (ArithmeticError, ValueError, TypeError, KeyError, RecursionError):
             return None  # whatever it is, it is not ours, and stays a text like others
 
 
@@ -149,7 +158,7 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise TypeError
     return float(value)
 
