@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "files": "checkpoint errors formats grid inputs opening outputs plan publish record sinks "
     "stream weights",
     "streaming": "average files tree weights kernel rounding errors",
+    "verify": "checkpoint errors files formats inputs opening plan record stream",
     "sweep": "files average weights errors",
     "demo": FACE,
     "picture": "errors weights",

@@ -24,6 +24,7 @@ from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_
 from wavg.plan import Plan
 from wavg.record import Record, Source
 from wavg.streaming import StreamingAverager
+from wavg.verify import Verification, verify
 from wavg.weights import (
     Schedule,
     bema,
@@ -60,6 +61,7 @@ __all__ = [
     "Source",
     "StreamingAverager",
     "StructureMismatchError",
+    "Verification",
     "WavgError",
     "WeightError",
     "average",
@@ -83,5 +85,6 @@ __all__ = [
     "power_ema",
     "save",
     "schedule_free",
+    "verify",
     "wsm",
 ]

@@ -129,6 +129,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     command.add_argument("path", metavar="PATH")
     _add_opaque(command)
     _add_json(command)
+    _add_verify(
+        _command(
+            commands,
+            "verify",
+            _verify,
+            "compute an averaged safetensors file again from its inputs, and compare",
+            """\
+            wavg verify average.safetensors run/ --full""",
+        )
+    )
     command = _command(
         commands,
         "demo",
@@ -250,6 +260,31 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
     )
+    _add_limits(command)
+    _add_json(command)
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("output", metavar="OUTPUT", help="what wavg average wrote")
+    add("inputs", metavar="INPUT", nargs="*", help="where its inputs are (default: beside it)")
+    add("--full", action="store_true", help="compare every number, not a sample")
+    add(
+        "--blocks",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="the sample: so many blocks of 4,096 numbers (default: %(default)s)",
+    )
+    add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
+    _add_opaque(command)
+    _add_limits(command)
+    _add_json(command)
+
+
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--max-memory",
         type=_size,
@@ -258,8 +293,6 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="memory beyond the interpreter (default: 64MiB)",
     )
     add("--workers", type=_positive, metavar="N", help="threads (default: the cores available)")
-    _add_json(command)
-    add("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
@@ -545,6 +578,35 @@ def _record_as_text(record: Record) -> Iterator[str]:
         for name, digest in digests.items():
             if digest:
                 yield f"    sha256 {digest}  {name}".rstrip()
+
+
+def _verify(options: argparse.Namespace) -> None:
+    found = wavg.verify(
+        options.output,
+        options.inputs or None,
+        full=options.full,
+        blocks=options.blocks,
+        seed=options.seed,
+        isolate=options.isolate,
+        opaque_dtype=options.opaque_dtype,
+        max_memory=options.max_memory,
+        workers=options.workers,
+    )
+    share = f"{found.compared:,} of {found.numbers:,} numbers"
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    elif not found.faults:
+        sha = ", and the inputs' digests are those recorded" * bool(found.record.sources[0].sha256)
+        print(
+            f"{found.output} is the average that its record says: {share} compared with "
+            f"{_count(len(found.inputs), 'input')}{sha}"
+        )
+    if found.faults:
+        raise WavgError(
+            f"{found.output} is not what its record says ({share} compared):\n  "
+            + "\n  ".join(found.faults),
+            path=found.output,
+        )
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -24,7 +24,14 @@ from wavg.errors import OutputError
 from wavg.formats import adapters, format_of_output, open_file
 from wavg.grid import Grid, Selection, select
 from wavg.inputs import PathLike
-from wavg.opening import digests, opened, uncollected, verify_checksums, verify_unchanged
+from wavg.opening import (
+    available_cores,
+    digests,
+    opened,
+    uncollected,
+    verify_checksums,
+    verify_unchanged,
+)
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.record import Record, Source, names_within
 from wavg.sinks import MemorySink
@@ -272,7 +279,7 @@ def average_checkpoints(
         record=record,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
-        workers=workers if workers is not None else _available_cores(),
+        workers=workers if workers is not None else available_cores(),
     )
     grid = Grid.of(weights, last)
     selection = select(inputs, steps, grid, sort, output, _opening(opaque_dtype, isolate))
@@ -426,7 +433,7 @@ def plan_average(
         record=record,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
-        workers=workers if workers is not None else _available_cores(),
+        workers=workers if workers is not None else available_cores(),
     )
     grid = Grid.of(weights, last)
     selection = select(inputs, steps, grid, sort, output, _opening(opaque_dtype, isolate))
@@ -480,7 +487,7 @@ def open_checkpoint(
     with uncollected():
         checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
     try:
-        verify_checksums([checkpoint], _available_cores())
+        verify_checksums([checkpoint], available_cores())
     except BaseException:
         checkpoint.close()
         raise
@@ -565,12 +572,6 @@ def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
 
 def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
     return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _opening(opaque_dtype: str | None, isolate: bool) -> Callable[[str], Checkpoint]:

@@ -12,10 +12,24 @@ from typing import TypeVar
 from wavg.checkpoint import Checkpoint
 from wavg.formats import open_file
 
-__all__ = ["digests", "opened", "uncollected", "verify_checksums", "verify_unchanged"]
+__all__ = [
+    "available_cores",
+    "digests",
+    "opened",
+    "uncollected",
+    "verify_checksums",
+    "verify_unchanged",
+]
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _allow_open_files(count: int) -> None:

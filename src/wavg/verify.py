@@ -1,0 +1,357 @@
+"""Whether an averaged file is what its record says: computed again from the inputs it names."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from wavg import stream
+from wavg.checkpoint import Checkpoint, TensorSpec
+from wavg.errors import WavgError
+from wavg.files import open_checkpoint
+from wavg.formats.folders import checkpoint_in
+from wavg.inputs import PathLike, expand
+from wavg.opening import available_cores, digests, opened, verify_checksums, verify_unchanged
+from wavg.plan import Decision, Options, Weighting, make_plans, parse_size
+from wavg.record import Record, Source
+
+__all__ = ["Verification", "verify"]
+
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of looking at an averaged file.
+
+    Attributes
+    ----------
+    output
+        Its path.
+    record
+        What it says of itself.
+    inputs
+        The checkpoints it was computed from again, oldest first.
+    compared, numbers
+        How many numbers were compared, of how many.
+    faults
+        What is not as the record says; empty if all is well.
+    """
+
+    output: str
+    record: Record
+    inputs: tuple[str, ...]
+    compared: int
+    numbers: int
+    faults: tuple[str, ...]
+
+
+def verify(
+    output: PathLike,
+    inputs: PathLike | Iterable[PathLike] | None = None,
+    *,
+    full: bool = False,
+    blocks: int = 1000,
+    seed: int | None = None,
+    isolate: bool = False,
+    opaque_dtype: str | None = None,
+    max_memory: int | str = "64MiB",
+    workers: int | None = None,
+) -> Verification:
+    """Compute an averaged safetensors file again from its inputs, and compare.
+
+    The inputs' sizes, and their digests where the record has them, are compared too.
+
+    Parameters
+    ----------
+    output
+        A file or folder that `average_checkpoints` wrote, with a record.
+    inputs
+        Where its inputs are: paths, folders, globs, which may hold others besides. By default they
+        are looked for beside the output, in the folder above and the current one, and in the
+        folders directly in these.
+    full
+        Compare every number, not a sample.
+    blocks
+        The size of the sample: so many blocks of 4,096 numbers, or less at a tensor's end.
+    seed
+        Of the sample; by default another one each time.
+    isolate, opaque_dtype, max_memory, workers
+        As for `average_checkpoints`.
+
+    Returns
+    -------
+    Verification
+        Its ``faults`` are empty if the file is what it claims to be.
+
+    Raises
+    ------
+    WavgError
+        The file has no record, or one of models that came from memory.
+    FileNotFoundError
+        An input is not where it was looked for.
+
+    Notes
+    -----
+    The average is defined to the last bit, so that the comparison is one of bytes. It reads the
+    sample from every input; with digests, every input whole. A full comparison finds any change of
+    a number in the output or, with digests, of any bit in an input; a sample finds a damage of the
+    share p of all blocks with probability ``1 - (1 - p)^blocks``.
+
+    Examples
+    --------
+    >>> import numpy as np, tempfile, wavg
+    >>> run = tempfile.mkdtemp()
+    >>> for step in (9, 10):
+    ...     wavg.save(f"{run}/model_{step}.safetensors", {"w": np.float32([step, 1])})
+    >>> _ = wavg.average_checkpoints(run, f"{run}/average.safetensors", weights="linear")
+    >>> wavg.verify(f"{run}/average.safetensors").faults
+    ()
+    """
+    with open_checkpoint(output) as made:
+        record = _record(made)
+        places = _candidates(os.path.abspath(made.path)) if inputs is None else [_given(inputs)]
+        paths = _located(record, places, made.path)
+        workers = workers if workers is not None else available_cores()
+        options = _options(record, made.path, max_memory=parse_size(max_memory), workers=workers)
+        with opened(paths, opaque_dtype, isolate) as checkpoints:
+            faults = [*_changes(record, checkpoints, workers)]
+            verify_checksums(checkpoints, workers)
+            weights = np.array([source.coefficient for source in record.sources])
+            (plan,) = make_plans(
+                [checkpoint.index for checkpoint in checkpoints],
+                [source.step for source in record.sources],
+                [Weighting(record.weights, weights, None)],
+                options,
+                patches=False,
+                output_format=None,
+            )
+            decisions = [decision._replace(compare=False) for decision in plan.decisions]
+            faults += _differences(decisions, made)
+            known = {name: made.spec(name) for name in made}
+            decisions = [d for d in decisions if _alike(d.output, known.get(d.spec.name))]
+            numbers = sum(decision.spec.size for decision in decisions)
+            parts = [_Part(decision, decision.spec.name, 0) for decision in decisions]
+            if not full:
+                parts = _sample(decisions, made, blocks, random.Random(seed))
+            sink = _Comparison(made, parts)
+            looked_at = dataclasses.replace(plan, decisions=tuple(part.decision for part in parts))
+            stream.run([looked_at], checkpoints, [sink])
+            verify_unchanged([*checkpoints, made])
+    compared = sum(part.decision.spec.size for part in parts)
+    faults += sink.faults()
+    return Verification(made.path, record, tuple(paths), compared, numbers, tuple(faults))
+
+
+def _record(made: Checkpoint) -> Record:
+    record = Record.read(made.metadata)
+    if record is None:
+        raise WavgError(
+            f"{made.path} has no record of how it came to be; average_checkpoints keeps one in "
+            "safetensors, unless record='none'",
+            path=made.path,
+        )
+    if not record.sources:
+        raise WavgError(
+            f"{made.path} was averaged from models in memory, and cannot be computed again",
+            path=made.path,
+        )
+    return record
+
+
+def _options(record: Record, path: str, **limits: int) -> Options:
+    told: dict[str, Any] = {}
+    for name, value in record.options.items():
+        listed = name in ("include", "exclude")
+        texts = value if listed and isinstance(value, list) else [value]
+        if listed != isinstance(value, list) or not all(isinstance(t, (str, bool)) for t in texts):
+            raise _puzzling(path, f"{name} is {value!r}")
+        told[name] = tuple(value) if listed else value
+    try:
+        return Options(**{**told, **limits})
+    except (TypeError, ValueError, WavgError) as error:
+        raise _puzzling(path, str(error)) from None
+
+
+def _puzzling(path: str, why: str) -> WavgError:
+    return WavgError(f"{path}: its record cannot be understood: {why}", path=path)
+
+
+def _given(inputs: PathLike | Iterable[PathLike]) -> list[str]:
+    paths = expand(inputs, sort=False)
+    return [(checkpoint_in(path) or path) if os.path.isdir(path) else path for path in paths]
+
+
+def _candidates(output: str) -> Iterator[list[str]]:
+    """Yield folders in which the inputs may be, each as a list of one: see `_located`."""
+    home = os.path.dirname(output)
+    for base in dict.fromkeys([home, os.path.dirname(home), os.getcwd()]):
+        yield [base]
+        inner = (entry.path for entry in os.scandir(base) if entry.is_dir())
+        yield from ([path] for path in sorted(inner))
+
+
+def _located(record: Record, places: Iterable[Sequence[str]], output: str) -> list[str]:
+    """Return the inputs' paths: all in the first place that has them.
+
+    A place is a folder, or a list of paths of which they are some.
+    """
+    names = [source.name for source in record.sources]
+    for place in places:
+        found = [_within(name, place) for name in names]
+        paths = [path for path in found if path is not None]
+        if len(paths) == len(names):
+            return paths
+        missing = [name for name, path in zip(names, found, strict=True) if path is None]
+    raise FileNotFoundError(
+        f"{missing[0]}, from which {output} was made, "
+        + f"and {len(missing) - 1:,} more inputs are" * (len(missing) > 1)
+        + "is" * (len(missing) == 1)
+        + " not to be found; say where the inputs are"
+    )
+
+
+def _within(name: str, place: Sequence[str]) -> str | None:
+    for path in place:
+        if os.path.isdir(path):
+            inner = os.path.join(path, name)
+            if os.path.isfile(inner) and not set(name.split(os.sep)) & {"..", ""}:
+                return inner
+        elif f"/{os.path.abspath(path)}".endswith(f"/{name}"):
+            return path
+    return None
+
+
+def _changes(record: Record, checkpoints: Sequence[Checkpoint], workers: int) -> Iterator[str]:
+    """Tell the inputs that are not those which the record names."""
+    asked = [(s, c) for s, c in zip(record.sources, checkpoints, strict=True) if s.sha256]
+    found = digests([checkpoint for _, checkpoint in asked], workers)
+    for (source, checkpoint), digest in zip(asked, found, strict=True):
+        if digest != source.sha256:
+            yield f"{_which(digest, source, checkpoint)} does not have the SHA-256 recorded for it"
+    for source, checkpoint in zip(record.sources, checkpoints, strict=True):
+        size = sum(identity.size for identity in checkpoint.index.files)
+        if size != source.size:
+            yield f"{checkpoint.path} has {size:,} bytes, and {source.size:,} are recorded"
+
+
+def _which(digest: str | Mapping[str, str], source: Source, checkpoint: Checkpoint) -> str:
+    if isinstance(digest, str) or not isinstance(source.sha256, Mapping):
+        return checkpoint.path
+    names = sorted({*digest, *source.sha256})
+    wrong = [name for name in names if digest.get(name) != source.sha256.get(name)]
+    return f"{checkpoint.path}: {', '.join(wrong)}"
+
+
+def _alike(spec: TensorSpec, other: TensorSpec | None) -> bool:
+    return other is not None and (spec.dtype, spec.shape) == (other.dtype, other.shape)
+
+
+def _differences(decisions: Sequence[Decision], made: Checkpoint) -> Iterator[str]:
+    """Tell the tensors that the file should not have, or has otherwise."""
+    expected = {decision.spec.name: decision.output for decision in decisions}
+    for name, spec in expected.items():
+        if name not in made:
+            yield f"{name}: it is not there"
+        elif not _alike(spec, made.spec(name)):
+            yield f"{name}: it is {made.spec(name).describe()}, not {spec.describe()}"
+    yield from (f"{name}: it is in none of the inputs" for name in made if name not in expected)
+
+
+class _Part(NamedTuple):
+    """A decision on a block of a tensor, as if that were one of its own; or on all of it."""
+
+    decision: Decision
+    name: str
+    start: int
+
+
+def _sample(
+    decisions: Sequence[Decision], made: Checkpoint, blocks: int, rng: random.Random
+) -> list[_Part]:
+    """Return random blocks of tensors, at most so many."""
+    counts = [_blocks_of(decision) for decision in decisions]
+    ends = list(itertools.accumulate(counts))
+    total = ends[-1] if ends else 0
+    sampled = []
+    for number in sorted(rng.sample(range(total), min(blocks, total))):
+        place = bisect.bisect_right(ends, number)
+        first = (number - (ends[place] - counts[place])) * _BLOCK
+        sampled.append(_part(decisions[place], first, counts[place], made))
+    return sampled
+
+
+def _blocks_of(decision: Decision) -> int:
+    whole = any(spec.extent is None or spec.entry.bits % 8 for spec in decision.sources)
+    return 1 if whole else -(-decision.spec.size // _BLOCK)
+
+
+def _part(decision: Decision, start: int, count: int, made: Checkpoint) -> _Part:
+    stop = min(start + _BLOCK, decision.spec.size)
+    name = f"{decision.spec.name}[{start}:{stop}]"
+    if count == 1 or name in made:
+        return _Part(decision, decision.spec.name, 0)
+
+    def cut(spec: TensorSpec) -> TensorSpec:
+        extent, size = spec.extent, spec.entry.itemsize
+        if extent is not None:
+            offset = extent.offset + start * size
+            extent = extent._replace(offset=offset, length=(stop - start) * size)
+        return spec._replace(name=name, shape=(stop - start,), extent=extent)
+
+    block = decision._replace(
+        spec=cut(decision.spec),
+        sources=tuple(map(cut, decision.sources)),
+        output=decision.output._replace(name=name, shape=(stop - start,), extent=None),
+    )
+    return _Part(block, decision.spec.name, start)
+
+
+class _Comparison:
+    """A sink that compares results with what a file has in their places."""
+
+    def __init__(self, made: Checkpoint, parts: Iterable[_Part]) -> None:
+        self._made = made
+        self._places = {
+            part.decision.spec.name: (made.spec(part.name), part.start) for part in parts
+        }
+        self._wrong: dict[str, tuple[int, int]] = {}
+
+    def wants(self, name: str) -> bool:
+        """Do as `wavg.checkpoint.Sink.wants` says."""
+        return name in self._places
+
+    def joined(self, names: Sequence[str]) -> bool:
+        """Do as `wavg.checkpoint.Sink.joined` says."""
+        return len(names) == 1
+
+    def write(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
+        """Compare in place of writing."""
+        spec, first = self._places[name]
+        there = np.empty_like(values)
+        self._made.read(spec, first + start, there)
+        if values.tobytes() == there.tobytes():
+            return
+        size = values.itemsize
+        rows = [array.view(np.uint8).reshape(-1, size) for array in (values, there)]
+        wrong = np.flatnonzero((rows[0] != rows[1]).any(axis=1))
+        before = self._wrong.get(spec.name, (0, spec.size))
+        place = min(before[1], first + start + int(wrong[0]))
+        self._wrong[spec.name] = before[0] + len(wrong), place
+
+    def faults(self) -> Iterator[str]:
+        """Tell what differs, tensor by tensor."""
+        for name, (count, first) in sorted(self._wrong.items()):
+            yield (
+                f"{name}: {count:,} of the numbers compared differ{'s' * (count == 1)} from the "
+                f"average, the first at position {first:,}"
+            )
