@@ -187,8 +187,8 @@ def test_a_glob_that_matches_folders_is_the_folders_as_a_list_is():
     [
         ("nothing.h5", "there is no file or folder nothing.h5"),
         ("nothing_*.h5", r"no file matches nothing_\*\.h5"),
-        ("empty", "there is no checkpoint in the folder empty"),
-        ("text", "there is no checkpoint in the folder text"),
+        ("empty", "there is no checkpoint in the folder empty: it is empty$"),
+        ("text", "there is no checkpoint in the folder text$"),
         ("dangling.h5", "there is no file or folder dangling.h5"),
     ],
 )
@@ -239,6 +239,7 @@ def test_equal_files_under_two_names_are_two_checkpoints():
         (["epoch=03-val_loss=0.5.npz", "epoch=10-val_loss=0.25.npz"], (3, 10)),
         (["Epoch_3_lr2.npz", "Epoch_4_lr1.npz"], (3, 4)),
         (["global_step1000/m.safetensors", "global_step2000/m.safetensors"], (1000, 2000)),
+        (["checkpoint-9/unet/m.npz", "checkpoint-10/unet/m.npz"], (9, 10)),
         (["step-5_seed7.h5", "step-6_seed7.h5"], (5, 6)),
         (["lr1e-3_10.h5", "lr1e-3_20.h5"], (10, 20)),
         (["v1.2_3.h5", "v1.2_4.h5"], (3, 4)),
@@ -269,6 +270,11 @@ def test_names_without_an_increasing_series_are_counted(names):
 
 def test_numbers_of_files_and_of_folders_are_not_one_series():
     assert read_steps(["run7/model_1.h5", "run7/last.h5"]) == (1, 2)
+
+
+def test_a_number_far_above_a_single_file_is_no_step():
+    assert read_steps(["run-2024/last/model.h5"]) == (1,)
+    assert read_steps(["run-2024/a/model.h5", "run-2024/b/model.h5"]) == (1, 2)
 
 
 def test_a_series_that_does_not_increase_gives_way_to_the_next():

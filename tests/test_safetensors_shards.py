@@ -162,9 +162,83 @@ def test_one_shard_is_no_checkpoint(tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.raises(CheckpointFormatError, match="is a folder; expected a checkpoint"):
         wavg.load(tmp_path)
+
+
+NO_CHECKPOINTS = {  # what the Trainer leaves in the folder of a step, and what is said of it
+    "killed at once": ([], "it is empty"),
+    "killed before the weights": (["config.json"], "it holds no weights, as a save cut short"),
+    "weights removed": (["optimizer.pt", "rng_state.pth"], "no weights.* remove it, or name"),
+    "killed between shards": (
+        ["config.json", "model-00001-of-00002.safetensors"],
+        "it holds shards and no index of them, as a save cut short",
+    ),
+    "pickled": (["config.json", "pytorch_model.bin"], "pytorch_model.bin, a PyTorch pickle"),
+    "pickled shards": (["pytorch_model-00001-of-00002.bin"], "a PyTorch pickle, .*save_pretrained"),
+    "pickled adapter": (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin, a Py"),
+    "DeepSpeed": (
+        ["config.json", "latest", "zero_to_fp32.py", "global_step1000/mp_rank_00_model_states.pt"],
+        r"DeepSpeed.*`python (.*)/zero_to_fp32\.py \1 OUTPUT --safe_serialization`",
+    ),
+    "FSDP": (
+        ["optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp"],
+        "FSDP.*`accelerate merge-weights .*checkpoint-1000/pytorch_model_fsdp_0 OUTPUT`",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINTS)
+def test_a_step_without_weights_is_named_and_explained_not_passed_over(tmp_path, case):
+    names, message = NO_CHECKPOINTS[case]
+    _, newest = hf_folders.trainer_run(tmp_path)
+    shutil.rmtree(newest)
+    os.mkdir(newest)
+    for name in names:
+        os.makedirs(os.path.dirname(os.path.join(newest, name)), exist_ok=True)
+        Path(newest, name).write_bytes(b"")
+    for inputs in (tmp_path, f"{tmp_path}/checkpoint-*", [newest]):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint-1000: .*{message}"):
+            wavg.plan_average(inputs, tmp_path / "averaged")
+    with pytest.raises(CheckpointFormatError, match=f"1000 is no checkpoint: .*{message}"):
+        wavg.load(newest)
+
+
+def test_no_folder_of_a_series_is_passed_over_whatever_its_name(tmp_path):
+    for step in (9, 10):
+        hf_folders.single(tmp_path / f"epoch_{step}", hf_folders.model(step))
+    (tmp_path / "epoch_11").mkdir()
+    with pytest.raises(FileNotFoundError, match="epoch_11: it is empty"):
+        wavg.plan_average(tmp_path)
+
+
+def test_a_final_model_among_steps_without_weights_is_the_model(tmp_path):
+    hf_folders.single(tmp_path, hf_folders.model(1))
+    (tmp_path / "checkpoint-10").mkdir()
+    assert_same(wavg.load(tmp_path), hf_folders.model(1))
+    assert len(wavg.plan_average(tmp_path).inputs) == 1
+
+
+def test_folders_that_are_none_of_the_series_may_hold_anything(tmp_path):
+    hf_folders.trainer_run(tmp_path)
+    for name in ("runs", "logs-1", "checkpoint", "tmp-checkpoint-1100"):
+        (tmp_path / name).mkdir()
+    hf_folders.single(tmp_path / "tmp-checkpoint-1100", hf_folders.model(1))  # complete or not
+    assert [part.step for part in wavg.plan_average(tmp_path).inputs] == [900, 1000]
+
+
+@pytest.mark.parametrize("inputs", ["checkpoint-*/unet", "*/unet/*.safetensors"])
+def test_the_parts_of_a_pipeline_have_the_steps_of_their_checkpoints(tmp_path, inputs):
+    name = "diffusion_pytorch_model.safetensors"
+    for step in (900, 1000):
+        for part in ("unet", "vae"):
+            hf_folders.single(tmp_path / f"checkpoint-{step}" / part, hf_folders.model(step), name)
+            (tmp_path / f"checkpoint-{step}" / part / "config.json").write_bytes(b"{}")
+    (tmp_path / "averaged").mkdir()
+    report = wavg.average_checkpoints(tmp_path / inputs, tmp_path / "averaged" / "unet")
+    assert [part.step for part in report.plan.inputs] == [900, 1000]
+    assert sorted(os.listdir(report.output)) == ["config.json", name]
 
 
 def test_shards_may_be_links_as_in_a_cache(tmp_path):

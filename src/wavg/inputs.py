@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
 from wavg.formats import ending_of, format_of_output, is_checkpoint_name
-from wavg.formats.folders import INDEX, checkpoint_in, is_shard
+from wavg.formats.folders import INDEX, checkpoint_in, is_shard, is_unfinished, why_none
 
 __all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps", "rises"]
 
@@ -131,15 +131,18 @@ def _of_folder(folder: str, output: str | None) -> list[str]:
     whole, inner = checkpoint_in(folder), list[str]()
     if whole or not files:
         files = [whole] if whole else []
-        inner = [path for path in paths if os.path.isdir(path)]
+        folders = [p for p in paths if os.path.isdir(p) and not is_unfinished(os.path.basename(p))]
         if whole:  # folders of other parts (a vision tower, a pooling layer) are none of a series
-            inner = [path for path in inner if re.search(r"[-_=][0-9]+$", path)]
-        inner = _without_aliases([path for path in inner if checkpoint_in(path)])
+            folders = [path for path in folders if _stem(path)]
+        inner = [path for path in folders if checkpoint_in(path)]
         if whole and not inner:
             return files
+        if not whole:
+            _refuse_gaps(folders, inner)
+        inner = _without_aliases(inner)
     found = _without_output(files + inner, output)
     if not found:
-        raise FileNotFoundError(f"there is no checkpoint in the folder {folder}")
+        raise _no_checkpoint(folder)
     if whole in found and len(found) > 1:
         raise WavgError(
             f"the folder {folder} is a checkpoint, {os.path.basename(whole or '')}, and holds "
@@ -161,6 +164,26 @@ def _of_folder(folder: str, output: str | None) -> list[str]:
             path=folder,
         )
     return [(checkpoint_in(path) or path) if path in inner else path for path in found]
+
+
+def _refuse_gaps(folders: Iterable[str], checkpoints: Iterable[str]) -> None:
+    """Raise an error if a folder of a series is no checkpoint: none is passed over in silence."""
+    series = {"checkpoint-", *map(_stem, checkpoints)} - {""}
+    for path in sorted({*folders} - {*checkpoints}, key=natural_key):
+        if _stem(path) in series:
+            raise _no_checkpoint(path)
+
+
+def _stem(path: str) -> str:
+    """Return what stands before the number at the end of a name; nothing if there is none."""
+    match = re.fullmatch(r"(.*[-_=])[0-9]+", os.path.basename(path), re.DOTALL)
+    return match[1] if match else ""
+
+
+def _no_checkpoint(folder: str) -> FileNotFoundError:
+    why = why_none(folder)
+    why = f": {why}" if why else ""
+    return FileNotFoundError(f"there is no checkpoint in the folder {folder}{why}")
 
 
 def _numbered(path: str) -> bool:
@@ -251,10 +274,16 @@ _NAMED = (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)")
 
 
 def _names(paths: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the files' names without ending, then those of their folders."""
+    """Yield the files' names without ending, then those of their folders, and of the folders' own.
+
+    The last where they tell several apart, as of the parts of a pipeline, ``checkpoint-9/unet``.
+    """
     split = [os.path.split(os.path.abspath(path)) for path in paths]
     yield [os.path.splitext(name)[0] for _, name in split]
     yield [os.path.basename(folder) for folder, _ in split]
+    above = [os.path.basename(os.path.dirname(folder)) for folder, _ in split]
+    if len({*above}) == len(paths) > 1:
+        yield above
 
 
 def _step(name: str, pattern: str | None) -> float | None:

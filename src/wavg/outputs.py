@@ -102,7 +102,7 @@ def _refuse_existing(target: str, overwrite: bool, *, folder: bool) -> None:
         raise OutputExistsError(
             f"{target} is not replaced: it holds {lost[0]}"
             + f" and {len(lost) - 1:,} more files" * (len(lost) > 1)
-            + ", which would be lost, and are no part of an output; choose another output",
+            + ", which would be lost; choose another output",
             path=target,
         )
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
-from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard
+from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard, why_none
 from wavg.templates import Part
 
 __all__ = [
@@ -162,7 +162,10 @@ def open_file(
         No such file.
     """
     if os.path.isdir(path):
-        path = checkpoint_in(path) or path
+        whole = checkpoint_in(path)
+        if whole is None and (why := why_none(path)):
+            raise CheckpointFormatError(f"{path} is no checkpoint: {why}", path=path)
+        path = whole or path
     identify(path)  # refuses pipes and devices before they are opened
     if opaque_dtype not in (None, "bfloat16"):
         raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
@@ -205,7 +208,11 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
         known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
         kind = _recognised(path)
         why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
-        raise OutputError(f"{path}: {why}; end the output's name with one of {known}", path=path)
+        raise OutputError(
+            f"{path}: {why}; end the output's name with one of {known} (only after an input "
+            "that is a folder of safetensors it may have no ending)",
+            path=path,
+        )
     if reference is None or row.name == reference.format:
         return row
     own = _row(reference.format)

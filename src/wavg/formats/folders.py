@@ -21,8 +21,10 @@ __all__ = [
     "has_folder",
     "is_carried",
     "is_shard",
+    "is_unfinished",
     "retyped",
     "unlike_an_output",
+    "why_none",
 ]
 
 WEIGHTS = ".safetensors"
@@ -30,6 +32,7 @@ INDEX = ".safetensors.index.json"
 _BASES = ("model", "diffusion_pytorch_model", "adapter_model")  # where there are several, the first
 _OTHER_KINDS = (".h5", ".hdf5", ".keras", ".weights.json", ".npz")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors", re.DOTALL)
+_PICKLE = re.compile(r"(?:pytorch_|adapter_|diffusion_pytorch_)model(?:-\d{5}-of-\d{5})?\.bin")
 _ONE_OF_A_SERIES = re.compile(r".*[-_=]\d+", re.DOTALL)
 
 # What an output's folder has of the reference's besides weights: what tells the model's class, its
@@ -42,8 +45,9 @@ _CARRIED = (
     *("tekken.json", "chat_template.json", "*.jinja", "LICENSE*", "NOTICE*"),
 )
 # Never, whatever it is called besides: the state of the training, and numbers that are no average.
+_STATE = ("optimizer*", "scheduler.*", "scaler.*", "rng_state*", "trainer_state*", "training_args*")
 _NEVER = (
-    *("optimizer*", "scheduler.*", "scaler.*", "rng_state*", "trainer_state*", "training_args*"),
+    *_STATE,
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"),
     *("*.onnx", "*.gguf", "*.npz", ".*"),
 )
@@ -56,6 +60,15 @@ def is_shard(path: str) -> bool:
     (True, False)
     """
     return _SHARD.fullmatch(os.path.basename(path)) is not None
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a folder is one in which a save was under way, as older Trainers name it.
+
+    >>> is_unfinished("tmp-checkpoint-30"), is_unfinished("checkpoint-30")
+    (True, False)
+    """
+    return name.startswith("tmp-checkpoint-")
 
 
 def is_carried(name: str) -> bool:
@@ -103,6 +116,39 @@ def checkpoint_in(folder: str) -> str | None:
     if len(plain) == 1 and not indexes and not others:
         return os.path.join(folder, plain[0])
     return None
+
+
+def why_none(folder: str) -> str:
+    """Say what stands in a folder that is no checkpoint, and what to do; nothing if it is unknown.
+
+    The folder is one that `checkpoint_in` found none in.
+    """
+    names = sorted(os.listdir(folder))
+    parts = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+    if "zero_to_fp32.py" in names:
+        script = os.path.join(folder, "zero_to_fp32.py")
+        return (
+            "it holds the pieces of DeepSpeed's processes; join them with "
+            f"`python {script} {folder} OUTPUT --safe_serialization`"
+        )
+    for name in parts:
+        if re.fullmatch(r"pytorch_model_fsdp_\d+", name):
+            piece = os.path.join(folder, name)
+            return (
+                "it holds the pieces of FSDP's processes; join them with "
+                f"`accelerate merge-weights {piece} OUTPUT`"
+            )
+    for name in names:
+        if _PICKLE.fullmatch(name):
+            return (
+                f"it holds {name}, a PyTorch pickle, which this version of wavg does not read; "
+                "load it with from_pretrained, and save_pretrained writes safetensors"
+            )
+    if any(map(is_shard, names)):
+        return "it holds shards and no index of them, as a save cut short leaves it; remove it"
+    if any(_matches(name, ("config.json", *_STATE)) for name in names):
+        return "it holds no weights, as a save cut short leaves it; remove it, or name the others"
+    return "" if names else "it is empty"
 
 
 def has_folder(main: str) -> bool:
