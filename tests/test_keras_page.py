@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import pages
 import wavg
-from wavg.cli import main
 
 os.environ["KERAS_BACKEND"] = "jax"
 keras = pytest.importorskip("keras")
 
 PAGE = Path(__file__).parent.parent / "docs" / "keras.md"
-BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 pytestmark = pytest.mark.filterwarnings(
     # Keras 3.15's variables, turned into arrays by NumPy 2.
@@ -29,34 +25,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def run(text, folder, monkeypatch):
-    """Run a page's blocks in a folder, one after the other; return the names they leave."""
-    monkeypatch.chdir(folder)
-    names: dict = {"__name__": "page"}
-    for block in BLOCK.finditer(text):
-        language, code = block.groups()
-        line = text[: block.start()].count("\n") + 1
-        if language == "sh":
-            for command in code.splitlines():
-                program, *arguments = shlex.split(command)
-                assert program == "wavg"
-                assert main(arguments) == 0, f"line {line}: {command}"
-        elif ">>>" in code:
-            test = doctest.DocTestParser().get_doctest(code, names, PAGE.name, str(PAGE), line)
-            output: list[str] = []
-            runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
-            runner.run(test, out=output.append, clear_globs=False)
-            assert not runner.summarize(verbose=False).failed, "".join(output)
-            names.update(test.globs)
-        else:
-            exec(compile("\n" * line + code, str(PAGE), "exec"), names)
-    return names
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield run(PAGE.read_text("utf-8"), tmp_path_factory.mktemp("page"), monkeypatch)
+        yield pages.run(PAGE, tmp_path_factory.mktemp("page"), monkeypatch)
 
 
 def test_the_page_runs_and_says_what_happens(page):
@@ -67,8 +39,10 @@ def test_the_page_runs_and_says_what_happens(page):
     "wrong", [("python", ">>> 1 + 1\n3\n"), ("python", "assert 0"), ("sh", "wavg inspect none.h5")]
 )
 def test_a_wrong_example_is_seen(wrong, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("```{}\n{}\n```".format(*wrong), "utf-8")
     with pytest.raises(AssertionError):
-        run("```{}\n{}\n```".format(*wrong), tmp_path, monkeypatch)
+        pages.run(page, tmp_path, monkeypatch)
 
 
 def normalized(norm, values):
