@@ -161,8 +161,19 @@ def test_one_shard_is_no_checkpoint(tmp_path):
         wavg.load(tmp_path / FIRST)
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_bytes(b"")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["notes.txt"],
+        ["config.json", "model.weights.h5"],
+        ["config.json", "consolidated.00.pth"],
+        ["config.json", "flax_model.msgpack"],
+        ["config.json", "model-100.safetensors", "model-200.safetensors"],
+    ],
+)
+def test_a_folder_that_is_not_one_checkpoint_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointFormatError, match="is a folder; expected a checkpoint"):
         wavg.load(tmp_path)
 

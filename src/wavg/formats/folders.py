@@ -146,6 +146,8 @@ def why_none(folder: str) -> str:
             )
     if any(map(is_shard, names)):
         return "it holds shards and no index of them, as a save cut short leaves it; remove it"
+    if any(_matches(name, _NEVER) and not _matches(name, _STATE) for name in names):
+        return ""  # numbers, of another kind or several of them
     if any(_matches(name, ("config.json", *_STATE)) for name in names):
         return "it holds no weights, as a save cut short leaves it; remove it, or name the others"
     return "" if names else "it is empty"
