@@ -55,7 +55,7 @@ SECONDS = 2  # one header; an ordinary one takes some 0.00003
 ROOM = 256 << 20  # bytes a worker may have more than at its start
 CHUNK = 2_000
 MOST_DIMENSIONS = 64
-TOO_LARGE = 8 * ((1 << 63) - 100_000_008)  # in bits: places in a file are numbers of 64 bits
+TOO_LARGE = (1 << 63) - 100_000_008  # places in a file are numbers of 64 bits
 
 
 # --- what the two make of them --------------------------------------------------------------------
@@ -73,6 +73,7 @@ def own_verdict(ask: Callable[[], Index]) -> tuple[Index | None, str, float]:
     """Return wavg's index, or none; why; and the time taken."""
     start = time.perf_counter()
     index, why = None, ""
+    signal.signal(signal.SIGALRM, _time_up)
     try:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         index = ask()
@@ -153,7 +154,8 @@ def ordinary(raw: bytes) -> tuple[bytes, list[str]]:
         if len(shape) > MOST_DIMENSIONS:
             found.append("more than 64 dimensions")
             entry["shape"] = [math.prod(shape)]
-        if 0 in shape and math.prod(filter(None, shape)) * BITS[entry["dtype"]] >= TOO_LARGE:
+        nbytes = math.prod(filter(None, shape)) * BITS[entry["dtype"]] // 8
+        if 0 in shape and max(nbytes, *shape) >= TOO_LARGE:
             found.append("an empty tensor of a shape too large")
             entry["shape"] = [0]
         header[name] = entry
@@ -352,7 +354,6 @@ def _peak() -> int:
 @contextlib.contextmanager
 def _watched(tally: Tally) -> Iterator[Path]:
     """Give a folder in memory; bound the time and the memory of what is done, and keep its peak."""
-    signal.signal(signal.SIGALRM, _time_up)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))

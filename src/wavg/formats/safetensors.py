@@ -19,6 +19,7 @@ from wavg.checkpoint import FileIdentity, Index, TensorSpec, has_array, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
+from wavg.formats.stand_ins import stand_in
 from wavg.templates import Part, Template
 
 __all__ = ["create", "noted", "parsed", "read_header", "read_index"]
@@ -51,6 +52,8 @@ def read_header(path: str) -> tuple[FileIdentity, bytes]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_HEADER_LIMIT, identity.size - 8):
+            if instead := stand_in(prefix + file.read(56)):
+                raise _bad(path, instead)  # of a shard, say
             raise _bad(
                 path,
                 f"its header claims {length:,} bytes of the file's {identity.size:,} "
