@@ -20,7 +20,8 @@ import hf_folders
 import wavg
 from wavg import CheckpointFormatError
 from wavg.checkpoint import FileIdentity
-from wavg.formats.safetensors import parsed
+from wavg.formats.safetensors import noted, parsed
+from wavg.templates import Template
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -71,7 +72,8 @@ def sound_headers(draw):
         start = end
     ordered = {name: header[name] for name in draw(st.permutations(list(header)))}
     if draw(st.booleans()):
-        ordered["__metadata__"] = draw(st.dictionaries(texts, texts, max_size=3))
+        metadata = {"__metadata__": draw(st.none() | st.dictionaries(texts, texts, max_size=3))}
+        ordered = {**metadata, **ordered} if draw(st.booleans()) else {**ordered, **metadata}
     return ordered, start
 
 
@@ -161,7 +163,36 @@ def check_bytes(agree, examples):
     check()
 
 
-CHECKS = {check_sound: 60, check_broken: 100, check_bytes: 200}
+def check_noted(agree, examples):
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(sound_headers(), st.booleans(), st.integers(0, 9), texts, st.none() | texts)
+    def check(header, ascii_only, spaces, key, text):
+        (table, size), data = header, os.urandom(header[1])
+        raw = written(table, ascii_only, spaces)
+        before = parsed(FileIdentity("m", 8 + len(raw) + size, 0, 0, 0), raw)
+        template = Template(8 + len(raw) + size, {}, [(0, b""), (8 + len(raw), data)])
+        (_, head), (place, body) = noted(template, raw, key, text).pieces
+        assert (len(head), body) == (place, data)
+        assert agree(b"", whole=head + body).counts["accepted by both"] == 1
+        after = parsed(FileIdentity("m", len(head) + size, 0, 0, 0), head[8:])
+        expected = dict(before.metadata)
+        if text is None:
+            expected.pop(key, None)
+        else:
+            expected = {**(expected or {"format": "pt"}), key: text}
+        assert after.metadata == expected
+        moved = len(head) - 8 - len(raw)
+        assert {spec._replace(extent=None) for spec in after.tensors} == {
+            spec._replace(extent=None) for spec in before.tensors
+        }
+        assert {spec.name: spec.extent.offset - moved for spec in after.tensors} == {
+            spec.name: spec.extent.offset for spec in before.tensors
+        }
+
+    check()
+
+
+CHECKS = {check_sound: 60, check_broken: 100, check_bytes: 200, check_noted: 30}
 
 
 @pytest.mark.parametrize("check", CHECKS)

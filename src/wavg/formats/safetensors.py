@@ -269,13 +269,14 @@ def _with_metadata(header: bytes, key: str, text: str | None) -> bytes:
     if start is not None:  # as all writers place it; the rest, which may be long, is left as it is
         metadata, end = json.JSONDecoder().raw_decode(written, start.end())
         before, after = written[: start.end()], written[end:]
-    elif _METADATA not in written and "\\" not in written:
-        metadata, end = {}, written.index("{") + 1
-        before, after = f'{{"{_METADATA}":', "," + written[end:]
     else:
-        table = json.loads(written)
-        metadata = table.pop(_METADATA, {})
-        before, after = f'{{"{_METADATA}":', "," + _dumped(table)[1:]
+        if _METADATA not in written and "\\" not in written:
+            metadata, rest = {}, written[written.index("{") + 1 :]
+        else:
+            table = json.loads(written)
+            metadata, rest = table.pop(_METADATA, {}), _dumped(table)[1:]
+        before, after = f'{{"{_METADATA}":', rest if rest.strip() == "}" else f",{rest}"
+    metadata = metadata or {}  # it may be null
     if text is None:
         metadata.pop(key, None)
     else:
