@@ -18,7 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "keras", "reliability"))
+PAGES = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "keras", "reliability")
+)
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
 AGAIN = ", measured again"
@@ -229,7 +231,7 @@ def differences() -> str:
     found = figures("safetensors_mutations")["headers"]["differences"]
 
     def shown(text: str) -> str:
-        text = " ".join(text.split()).replace("|", "\\|")
+        text = re.sub(r"\s", " ", text).rstrip().replace("|", "\\|")
         return f"`{text if len(text) <= 72 else text[:71] + '…'}`"
 
     return table(
