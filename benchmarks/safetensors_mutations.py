@@ -51,7 +51,7 @@ from wavg.formats import open_file
 from wavg.formats.safetensors import parsed
 from wavg.formats.safetensors_shards import read_index
 
-SECONDS = 2  # one header; an ordinary one takes some 0.00003
+SECONDS = 2  # of processor time, one header; an ordinary one takes some 0.00003
 ROOM = 256 << 20  # bytes a worker may have more than at its start
 CHUNK = 2_000
 MOST_DIMENSIONS = 64
@@ -73,9 +73,9 @@ def own_verdict(ask: Callable[[], Index]) -> tuple[Index | None, str, float]:
     """Return wavg's index, or none; why; and the time taken."""
     start = time.perf_counter()
     index, why = None, ""
-    signal.signal(signal.SIGALRM, _time_up)
+    signal.signal(signal.SIGPROF, _time_up)
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         index = ask()
     except CheckpointFormatError as error:
         why = str(error)
@@ -84,7 +84,7 @@ def own_verdict(ask: Callable[[], Index]) -> tuple[Index | None, str, float]:
     except BaseException as error:
         why = f"FAILED: {type(error).__name__} {error}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return index, why, time.perf_counter() - start
 
 

@@ -39,8 +39,9 @@ def script():
 
 
 @pytest.fixture
-def agree(script, tmp_path):
+def agree(script, tmp_path, monkeypatch):
     """Raise an error unless wavg and the reference agree on a header, or on a whole file."""
+    monkeypatch.setattr(script, "SECONDS", 60)  # hypothesis has much garbage to collect
 
     def agree(raw, data=b"", whole=None):
         tally = script.Tally()
@@ -203,7 +204,7 @@ def test_the_reference_parser_agrees(agree, check):
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_reference_parser_agrees_on_very_many(agree, check):
-    check(agree, 2_000)
+    check(agree, 400)
 
 
 # --- what disagreed once --------------------------------------------------------------------------
@@ -358,21 +359,24 @@ def test_mutants_are_the_same_for_the_same_seed(script):
     assert first == again
 
 
-def test_the_recorded_script_runs():
+@pytest.mark.parametrize(
+    ("count", "maps"), [(2_000, 500), pytest.param(50_000, 10_000, marks=pytest.mark.slow)]
+)
+def test_the_recorded_script_finds_nothing(count, maps):
     command = [sys.executable, str(BENCHMARKS / "safetensors_mutations.py"), "--no-record"]
-    sizes = ["--count", "2000", "--maps", "500", "--workers", "1"]
+    sizes = ["--count", str(count), "--maps", str(maps), "--workers", "1"]
     done = subprocess.run(
         [*command, *sizes],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout)
-    assert figures["headers"]["accepted by both"] > 500
-    assert figures["shard indexes"]["accepted by both"] > 50
+    assert figures["headers"]["accepted by both"] > count / 4
+    assert figures["shard indexes"]["accepted by both"] > maps / 10
 
 
 # --- whole files ----------------------------------------------------------------------------------
