@@ -106,6 +106,7 @@ BAD_SAFETENSORS = {
     "header larger than the file": ({"length": 1000}, {"w": entry()}, "truncated"),
     "header larger than the limit": ({"length": 2**40}, {"w": entry()}, "at most 100,000,000"),
     "header of the largest number": ({"length": 2**64 - 1}, {"w": entry()}, "header claims"),
+    "empty header": ({}, b"", "no header where one belongs"),
     "bad UTF-8": ({}, b'{"\xff": 1}', "not UTF-8"),
     "bad JSON": ({}, b'{"w": ', "not JSON"),
     "deeply nested": ({}, b'{"a":' + b"[" * 100_000 + b"}", "nested too deeply|not JSON"),
@@ -218,19 +219,28 @@ def test_an_odd_header_length_is_read(tmp_path):
     np.testing.assert_array_equal(wavg.load(path)["w"], [1, 2])
 
 
-def test_sub_byte_tensors_are_carried_over_if_identical_and_refused_if_not(tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "size", "name"),
+    [
+        ("F4", 12, "float4_e2m1fn"),
+        ("F6_E2M3", 8, "float6_e2m3fn"),
+        ("F6_E3M2", 8, "float6_e3m2fn"),
+    ],
+)
+def test_sub_byte_tensors_are_carried_over_if_identical_and_refused_if_not(
+    tmp_path, dtype, size, name
+):
     def save(step, code):
-        head = {"w": entry(), "q": entry("F4", (4,), (8, 10))}
+        head = {"w": entry(), "q": entry(dtype, (size,), (8, 14))}
         data = np.float32([step, 2]).tobytes() + code
         return safetensors_file(tmp_path / f"m_{step}.safetensors", head, data)
 
-    paths = [save(1, b"ab"), save(2, b"ab")]
+    paths = [save(1, b"abcdef"), save(2, b"abcdef")]
     wavg.average_checkpoints(paths, tmp_path / "avg.safetensors")
-    assert (tmp_path / "avg.safetensors").read_bytes()[-10:] == np.float32(
-        [1.5, 2]
-    ).tobytes() + b"ab"
-    paths[0] = save(1, b"xy")
-    with pytest.raises(wavg.StructureMismatchError, match=r"q is float4_e2m1fn.*exclude"):
+    expected = np.float32([1.5, 2]).tobytes() + b"abcdef"
+    assert (tmp_path / "avg.safetensors").read_bytes()[-14:] == expected
+    paths[0] = save(1, b"abcdeX")
+    with pytest.raises(wavg.StructureMismatchError, match=f"q is {name}.*exclude"):
         wavg.average_checkpoints(paths, tmp_path / "avg2.safetensors")
 
 

@@ -18,7 +18,7 @@ def report():
     return module
 
 
-@pytest.mark.parametrize("page", ["performance.md", "memory.md", "keras.md"])
+@pytest.mark.parametrize("page", ["performance.md", "memory.md", "keras.md", "reliability.md"])
 def test_every_table_is_made_from_the_results(report, page):
     text = (SCRIPT.parent.parent / "docs" / page).read_text("utf-8")
     assert "<!-- table:" in text

@@ -368,6 +368,36 @@ def test_a_shard_that_is_not_sound_is_named(tmp_path):
         wavg.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "diagnosis"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git-LFS pointer"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"", "empty"),
+        (b"short", "header claims"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_shard_is_diagnosed(tmp_path, content, diagnosis):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    (tmp_path / SECOND).write_bytes(content)
+    with pytest.raises(CheckpointFormatError, match=f"{SECOND}: .*{diagnosis}"):
+        wavg.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "diagnosis"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git-LFS pointer"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"", "empty"),
+    ],
+)
+def test_what_stands_in_the_place_of_an_index_is_diagnosed(tmp_path, content, diagnosis):
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(CheckpointFormatError, match=f"{INDEX}: .*{diagnosis}"):
+        wavg.load(tmp_path)
+
+
 def test_a_shard_that_is_a_pipe_is_refused_unopened(tmp_path):
     hf_folders.sharded(tmp_path, hf_folders.model(1))
     os.unlink(tmp_path / SECOND)

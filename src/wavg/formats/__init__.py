@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard, why_none
+from wavg.formats.stand_ins import stand_in
 from wavg.templates import Part
 
 __all__ = [
@@ -303,13 +304,8 @@ def _detect(path: str) -> Format:
 
 
 def _diagnose(path: str, start: bytes) -> str:
-    text = start.lstrip().lower()
-    if not start:
-        return "the file is empty"
-    if text.startswith(b"version https://git-lfs"):
-        return "this is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
-    if text.startswith((b"<!doctype", b"<html")):
-        return "this is a web page; the download did not give the file itself"
+    if instead := stand_in(start):
+        return instead
     if kind := _recognised(path):
         return f"{kind} are not read by this version of wavg"
     if path.endswith(INDEX):

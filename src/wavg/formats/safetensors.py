@@ -19,12 +19,14 @@ from wavg.checkpoint import FileIdentity, Index, TensorSpec, has_array, identify
 from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
+from wavg.formats.stand_ins import stand_in
 from wavg.templates import Part, Template
 
 __all__ = ["create", "noted", "parsed", "read_header", "read_index"]
 
 _HEADER_LIMIT = 100_000_000
 _LONGEST_KEPT = 8 << 20
+_LONGEST_REASON = 2_000  # a name or a shape may be as long as a header
 _MOST_DIMENSIONS = 64  # NumPy's limit
 _BY_CODE = {entry.code: entry for entry in DTYPES if entry.code}
 _METADATA = "__metadata__"
@@ -50,6 +52,8 @@ def read_header(path: str) -> tuple[FileIdentity, bytes]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(_HEADER_LIMIT, identity.size - 8):
+            if instead := stand_in(prefix + file.read(56)):
+                raise _bad(path, instead)  # of a shard, say
             raise _bad(
                 path,
                 f"its header claims {length:,} bytes of the file's {identity.size:,} "
@@ -62,8 +66,13 @@ def parsed(identity: FileIdentity, raw: bytes) -> Index:
     """Return the index that a header is, checked."""
     path, length = identity.path, len(raw)
     header = _parse(path, raw)
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    metadata = header.pop(_METADATA, None)
+    if metadata is None:  # for the reference, null is none
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) and _is_text(key) and _is_text(value)
+        for key, value in metadata.items()
+    ):
         raise _bad(path, "its metadata is not a table of texts")
     specs = _specs(path, header, 8 + length)
     _check_tiling(path, specs, 8 + length, identity.size)
@@ -71,6 +80,7 @@ def parsed(identity: FileIdentity, raw: bytes) -> Index:
 
 
 def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatError:
+    why = why if len(why) <= _LONGEST_REASON else f"{why[:_LONGEST_REASON]} …"
     return CheckpointFormatError(
         f"{path}: not a sound safetensors file: {why}", path=path, tensor=tensor
     )
@@ -80,21 +90,28 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _bad(path, f"{twice!r} appears twice in its header")
+            for name, _ in pairs:
+                if name not in table:
+                    raise _bad(path, f"{name!r} appears twice in its header")
+                del table[name]
         return table
 
     def no_constant(text: str) -> Any:
         raise _bad(path, f"{text} in its header")
 
+    def natural(text: str) -> Any:
+        return no_constant(text) if text.startswith("-") else int(text)
+
     try:
         text = raw.decode("utf-8")
         header = json.loads(text, parse_constant=no_constant)
         # Python takes the last of two equal names, and looking at every pair takes twice as long.
-        # Each pair has one colon: if there are no more colons than pairs, none was lost.
-        if text.count(":") != _expected_pairs(header):
-            header = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        # Each pair has one colon: if there are no more colons than pairs, none was lost. -0 would
+        # be 0, and the reference refuses it.
+        if text.count(":") != _expected_pairs(header) or "-0" in text:
+            header = json.loads(
+                text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=natural
+            )
     except CheckpointFormatError:
         raise
     except UnicodeDecodeError:
@@ -112,8 +129,10 @@ def _expected_pairs(header: Any) -> int:
     """Return the pairs in a sound header: of every tensor's name, three besides."""
     if not isinstance(header, dict):
         return -1
-    metadata = header.get(_METADATA)
-    return 4 * len(header) + (len(metadata) - 3 if isinstance(metadata, dict) else 0)
+    if _METADATA not in header:
+        return 4 * len(header)
+    metadata = header[_METADATA]
+    return 4 * len(header) - 3 + len(metadata) if isinstance(metadata, dict) else -1
 
 
 def _specs(path: str, header: Mapping[str, Any], base: int) -> tuple[TensorSpec, ...]:
@@ -157,7 +176,12 @@ def _specs(path: str, header: Mapping[str, Any], base: int) -> tuple[TensorSpec,
 
 
 def _is_text(name: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    """Whether a text has letters only: JSON's escapes can also give halves of such."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are_natural(values: list[Any]) -> bool:
@@ -245,13 +269,14 @@ def _with_metadata(header: bytes, key: str, text: str | None) -> bytes:
     if start is not None:  # as all writers place it; the rest, which may be long, is left as it is
         metadata, end = json.JSONDecoder().raw_decode(written, start.end())
         before, after = written[: start.end()], written[end:]
-    elif _METADATA not in written and "\\" not in written:
-        metadata, end = {}, written.index("{") + 1
-        before, after = f'{{"{_METADATA}":', "," + written[end:]
     else:
-        table = json.loads(written)
-        metadata = table.pop(_METADATA, {})
-        before, after = f'{{"{_METADATA}":', "," + _dumped(table)[1:]
+        if _METADATA not in written and "\\" not in written:
+            metadata, rest = {}, written[written.index("{") + 1 :]
+        else:
+            table = json.loads(written)
+            metadata, rest = table.pop(_METADATA, {}), _dumped(table)[1:]
+        before, after = f'{{"{_METADATA}":', rest if rest.strip() == "}" else f",{rest}"
+    metadata = metadata or {}  # it may be null
     if text is None:
         metadata.pop(key, None)
     else:
