@@ -249,7 +249,7 @@ def read_steps(
 def named_steps(paths: Sequence[str], *, repeats: bool = False) -> tuple[float, ...] | None:
     """Return the steps that the names tell, or None if they tell no increasing series.
 
-    With `repeats` it may be any series.
+    With `repeats` it may be any series, if names differ at all.
 
     >>> named_steps(["best.h5", "last.h5"]) is None
     True
@@ -260,7 +260,8 @@ def named_steps(paths: Sequence[str], *, repeats: bool = False) -> tuple[float, 
         for pattern in (*_NAMED, None):
             steps = [_step(name, pattern) for name in names]
             known = [step for step in steps if step is not None]
-            if len(known) == len(paths) and (repeats or rises(known)):
+            series = len({*names}) > 1 or len(paths) == 1 if repeats else rises(known)
+            if len(known) == len(paths) and series:
                 return tuple(known)
     return None
 

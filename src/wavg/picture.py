@@ -1,4 +1,4 @@
-"""Weights in a picture: a small panel for each schedule, all to one scale. Needs matplotlib."""
+"""Weights in a picture: a small panel for each schedule. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
     rows = -(-len(weights) // columns)
     size = (3.1 * columns, 1.9 * rows + 0.5)
     figure = Figure(figsize=size if columns > 1 else (5, 3.2), dpi=120, layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
     gaps = np.diff(steps)
     width = 0.8 * (float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0)
     for panel, (text, merit) in zip(panels, weights, strict=False):
@@ -69,7 +69,7 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
     for panel in panels[len(weights) :]:
         panel.set_visible(False)
     figure.supxlabel("step", fontsize=9)
-    figure.supylabel("weight, as a share of the sum", fontsize=9)
+    figure.supylabel("weight, as a share of the sum; dotted: equal weights", fontsize=9)
     try:
         with mpl.rc_context({"svg.hashsalt": "wavg"}):  # the same picture, the same bytes
             figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)

@@ -1,0 +1,278 @@
+"""Post-hoc EMA: against averages that were tracked, against the profiles, from arrays and files."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import wavg
+from wavg import cli
+from wavg.errors import WeightError
+from wavg.moving import gamma_of
+from wavg.weights import AMPLIFIES
+
+TRACKED = (0.05, 0.10)
+EVERY, COUNT = 50, 20
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A random walk with a drift; the averages of some widths at every 50th step."""
+    rng = np.random.default_rng(0)
+    widths = (0.05, 0.07, 0.10, 0.15)
+    model, found = np.zeros(30), {}
+    averages = {width: np.zeros(30) for width in widths}
+    updates = {width: wavg.power_ema(sigma_rel=width).update for width in widths}
+    for step in range(1, EVERY * COUNT + 1):
+        model = model + 0.01 * rng.standard_normal(30) + 0.002
+        for width, update in updates.items():
+            keep, add = update(step, step, step - 1)
+            averages[width] = keep * averages[width] + add * model
+        if step % EVERY == 0:
+            found |= {(step, width): average for width, average in averages.items()}
+    return found
+
+
+def inputs(found, tracked=TRACKED):
+    places = [(step, width) for step, width in sorted(found) if width in tracked]
+    return places, [[found[place]] for place in places]
+
+
+@pytest.mark.parametrize("width", [0.05, 0.07, 0.10, 0.15])
+@pytest.mark.parametrize("step", [500, 1000])
+def test_it_is_the_average_that_was_really_tracked(run, width, step):
+    places, trees = inputs(run)
+    schedule = wavg.post_hoc_ema(sigma_rel=width, step=step, tracked=[width for _, width in places])
+    made = wavg.average(trees, schedule, steps=[step for step, _ in places])[0]
+    right = run[step, width]
+    assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_a_wrong_width_is_seen_by_that_comparison(run):
+    places, trees = inputs(run)
+    schedule = wavg.post_hoc_ema(sigma_rel=0.08, tracked=[width for _, width in places])
+    made = wavg.average(trees, schedule, steps=[step for step, _ in places])[0]
+    right = run[1000, 0.07]
+    assert np.linalg.norm(made - right) > 2e-3 * np.linalg.norm(right)
+
+
+def test_a_tracked_width_is_taken_as_it_is():
+    steps = np.repeat(np.arange(1, 21) * 100, 2)
+    for width in TRACKED:
+        weights = wavg.post_hoc_ema(sigma_rel=width, tracked=TRACKED)(steps)
+        expected = np.zeros(40)
+        expected[-2 + TRACKED.index(width)] = 1
+        np.testing.assert_allclose(weights, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.07, 0.2])
+def test_weights_are_the_least_squares_solution_in_exact_arithmetic(width):
+    """Cramer by elimination in fractions: powers are whole numbers here, so all of it is exact."""
+    gammas, wanted = [17, 7], {0.03: 31, 0.07: 11, 0.2: 2}[width]
+    times = [Fraction(step, 5) for step in range(1, 6) for _ in gammas]
+    powers = [Fraction(gamma) for _ in range(5) for gamma in gammas]
+
+    def product(t, g, u, h):
+        power = h if t < u else -g
+        return (g + 1) * (h + 1) * (t / u) ** int(power) / ((g + h + 1) * max(t, u))
+
+    rows = [
+        [product(t, g, u, h) for u, h in zip(times, powers, strict=True)]
+        + [product(t, g, Fraction(1), Fraction(wanted))]
+        for t, g in zip(times, powers, strict=True)
+    ]
+    for i in range(len(rows)):
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for j in range(len(rows)):
+            if j != i:
+                rows[j] = [x - rows[j][i] * y for x, y in zip(rows[j], rows[i], strict=True)]
+    exact = [row[-1] for row in rows]
+    exact = np.array([float(value / sum(exact)) for value in exact])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = wavg.post_hoc_ema(gamma=wanted, tracked=gammas)([*map(float, times)])
+    np.testing.assert_allclose(found, exact, atol=1e-12 * abs(exact).max())
+
+
+def test_weights_do_not_depend_on_the_unit_of_steps():
+    steps = np.repeat(np.arange(1, 33), 2)
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)
+    np.testing.assert_allclose(schedule(steps), schedule(steps * 1e6), atol=1e-9)
+
+
+def test_only_inputs_up_to_the_step_wanted_count():
+    steps = np.repeat(np.arange(1, 11) * 100, 2)
+    early = wavg.post_hoc_ema(sigma_rel=0.07, step=550, tracked=TRACKED)(steps)
+    assert (early[steps > 550] == 0).all()
+    assert early.sum() == pytest.approx(1)
+    whole = wavg.post_hoc_ema(sigma_rel=0.07, step=500, tracked=TRACKED)(steps)
+    short = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)(steps[steps <= 500])
+    np.testing.assert_array_equal(whole[steps <= 500], short)
+
+
+def test_snapshots_given_twice_have_a_solution_all_the_same():
+    once = np.repeat(np.arange(1, 11) * 100.0, 2)
+    twice = np.repeat(once, 2)
+    widths = [0.05, 0.05, 0.10, 0.10] * 10
+    ours = wavg.post_hoc_ema(sigma_rel=0.07, tracked=widths)(twice)
+    right = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)(once)
+    np.testing.assert_allclose(ours.reshape(-1, 2).sum(1), right, atol=1e-9)
+
+
+# The amplification
+
+
+def test_the_published_amplification():
+    steps = np.repeat(np.arange(1, 129), 2)
+    schedule = wavg.post_hoc_ema(sigma_rel=0.02, tracked=TRACKED)
+    with pytest.warns(UserWarning, match=r"^post_hoc_ema:sigma_rel=0\.02.*amplification, 43\.1;"):
+        weights = schedule(steps)
+    assert wavg.figures(weights, steps).amplification == pytest.approx(43, abs=0.5)
+
+
+def test_there_is_no_warning_between_the_tracked_widths():
+    steps = np.repeat(np.arange(1, 129), 2)
+    weights = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)(steps)  # warnings are errors here
+    assert wavg.figures(weights, steps).amplification < 2 < AMPLIFIES
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("tracked", "steps", "message"),
+    [
+        (None, [1, 1, 2, 2], "needs the widths of the averages that were tracked: tracked=..."),
+        ([0.05, 0.1], [1, 1, 2], "2 widths were given for 3 inputs"),
+        ([0.05, 0.1], [1, 2, 3, 4], "as many as there are inputs at every step"),
+        ([0.05, 0.1], [0, 0, 3, 3], "needs steps above 0, not 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tracked, steps, message):
+    with pytest.raises(WeightError, match=re.escape(message)):
+        wavg.post_hoc_ema(sigma_rel=0.07, tracked=tracked)(steps)
+
+
+@pytest.mark.parametrize("tracked", [[], "0.05", [0.4], [None]])
+def test_widths_without_sense_are_refused(tracked):
+    with pytest.raises(WeightError, match="post_hoc_ema: tracked"):
+        wavg.post_hoc_ema(sigma_rel=0.07, tracked=tracked)
+
+
+def test_a_step_before_the_first_input_is_refused():
+    with pytest.raises(
+        WeightError, match="no input ends at step 50 or before; the first ends at 100"
+    ):
+        wavg.post_hoc_ema(sigma_rel=0.07, step=50, tracked=[0.05])([100, 200])
+
+
+# Files
+
+
+@pytest.fixture
+def files(run, tmp_path, monkeypatch):
+    """Snapshots of two widths whose names tell both."""
+    monkeypatch.chdir(tmp_path)
+    for step, width in inputs(run)[0]:
+        wavg.save(f"ema-sigma_rel={width}-step={step}.safetensors", {"w": run[step, width]})
+
+
+def test_widths_and_steps_come_from_names_and_several_widths_in_one_pass(run, files):
+    reports = wavg.average_checkpoints(
+        "ema-*.safetensors",
+        "out-{weights}.safetensors",
+        weights=[wavg.post_hoc_ema(sigma_rel=width) for width in (0.07, 0.15)],
+    )
+    for report, width in zip(reports, (0.07, 0.15), strict=True):
+        made, right = wavg.load(report.output)["w"], run[1000, width]
+        assert report.output == f"out-post_hoc_ema-sigma_rel={width}.safetensors"
+        assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
+        assert [part.step for part in report.plan.inputs] == [
+            step for step in range(50, 1001, 50) for _ in TRACKED
+        ]
+
+
+def test_widths_come_from_metadata_as_a_streaming_averager_writes_it(run, tmp_path):
+    for step, width in inputs(run)[0]:
+        told = {
+            "v": 1,
+            "weights": f"power_ema:gamma={gamma_of(width)}",
+            "step": step,
+            "count": step,
+        }
+        path = tmp_path / f"{'ab'[width > 0.07]}-{step}.safetensors"
+        wavg.save(path, {"w": run[step, width]}, metadata={"wavg": json.dumps(told)})
+    made = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")["w"]
+    right = run[1000, 0.07]
+    assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_widths_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for step, width in inputs(run)[0]:
+        wavg.save(f"{'ab'[width > 0.07]}-{step}.safetensors", {"w": run[step, width]})
+    spec = "post_hoc_ema:sigma_rel=0.07,tracked=0.05/0.1"
+    names = [path.name for path in tmp_path.iterdir()]
+    assert cli.main(["average", *names, "-o", "out.safetensors", "--weights", spec]) == 0
+    out = capsys.readouterr().out
+    assert f"weights {spec}: effective number" in out
+    assert "note" not in out
+    right = run[1000, 0.07]
+    assert np.linalg.norm(wavg.load("out.safetensors")["w"] - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_a_large_amplification_is_noted_on_the_command_line(files, capsys):
+    arguments = ["ema-*.safetensors", "-o", "out.npz", "--weights", "post_hoc_ema:sigma_rel=0.015"]
+    assert cli.main(["average", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(
+        r"note: rounding and noise in the inputs come out \d+(\.\d+)? times as large", out
+    )
+    assert not err
+    assert cli.main(["weights", "post_hoc_ema:sigma_rel=0.015", "ema-*.safetensors"]) == 0
+    out, err = capsys.readouterr()
+    assert "times as large" in out
+    assert not err
+
+
+def test_a_width_that_nothing_tells_is_asked_for(tmp_path):
+    wavg.save(tmp_path / "m-1.npz", {"w": np.zeros(1)})
+    message = r"m-1\.npz: neither its metadata nor its name tells which width it was tracked with"
+    with pytest.raises(WeightError, match=message):
+        wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
+
+
+def test_other_schedules_refuse_the_shared_steps(files):
+    with pytest.raises(WeightError, match="steps must increase"):
+        wavg.average_checkpoints(".", weights=["equal", "post_hoc_ema:sigma_rel=0.07"])
+
+
+def test_steps_that_nothing_tells_are_asked_for(tmp_path):
+    for name in ("a", "b"):
+        wavg.save(tmp_path / f"{name}.npz", {"w": np.zeros(1)})
+    with pytest.raises(
+        WeightError, match=r"neither names nor metadata tell the inputs' steps; pass"
+    ):
+        wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07,tracked=0.05")
+
+
+def test_given_steps_put_the_inputs_in_their_order(run, tmp_path):
+    places, trees = inputs(run)
+    paths = [tmp_path / f"{'xyz'[number % 3]}.{number}.npz" for number in range(len(places))]
+    for path, tree in zip(paths, trees, strict=True):
+        wavg.save(path, {"w": tree[0]})
+    steps = np.random.default_rng(1).permutation(len(places) // 2)
+    order = [place for step in steps for place in (2 * step, 2 * step + 1)]
+    made = wavg.average_checkpoints(
+        [paths[place] for place in order],
+        weights=wavg.post_hoc_ema(sigma_rel=0.07, step=400, tracked=TRACKED),
+        steps=[places[place][0] for place in order],
+        sort=False,
+    )
+    right = run[400, 0.07]
+    assert np.linalg.norm(made["w"] - right) < 2e-3 * np.linalg.norm(right)
