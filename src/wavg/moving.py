@@ -175,9 +175,10 @@ def dema(
 def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float = 1.0) -> Schedule:
     """Average exponentially and take back the lag: ``EMA_t + α_t (θ_t - θ_0)``.
 
-    ``EMA_t = (1 - β_t) EMA_{t-1} + β_t θ_t``, ``β_t = (ρ+γt)^(-κ)``, ``α_t = (ρ+γt)^(-η)``, with t
-    the steps since the oldest checkpoint, which is θ_0 and the first average. The average moves
-    once a snapshot, at that t.
+    ``EMA_t = (1 - β_t) EMA_{t-1} + β_t θ_t``, ``β_t = (ρ+γt)^(-κ)``, ``α_t = (ρ+γt)^(-η)``. The
+    recursion counts the checkpoints it is given, whatever their steps: t = 0 is the oldest, which
+    is θ_0 and the first average. (Counting steps, but moving once a snapshot, the average would
+    stay where it began.)
 
     Parameters
     ----------
@@ -186,7 +187,7 @@ def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float =
     rho
         The lag, at least 1.
     gamma
-        The multiplier of steps, at least 0.
+        The multiplier of t, at least 0.
 
     References
     ----------
@@ -194,8 +195,8 @@ def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float =
 
     Examples
     --------
-    >>> bema()([0, 400, 800]).round(3)
-    array([0.655, 0.048, 0.297])
+    >>> bema()([10, 20, 30]).round(3)
+    array([-0.111,  0.214,  0.897])
     """
     k, e = (
         checked(value, f"bema: {name}", "a number of at least 0", lambda number: number >= 0)
@@ -205,7 +206,7 @@ def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float =
     times = checked(gamma, "bema: gamma", "a number of at least 0", lambda number: number >= 0)
 
     def coefficients(steps: F64) -> F64:
-        scale = lag + times * (steps - steps[0])
+        scale = lag + times * np.arange(len(steps))
         beta = scale**-k
         beta[0] = 1.0
         weights = beta * np.append(np.cumprod(1 - beta[:0:-1])[::-1], 1.0)
@@ -214,7 +215,14 @@ def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float =
         weights[0] -= correction
         return np.asarray(weights, np.float64)
 
-    return Schedule(spell("bema", kappa=k, eta=e, rho=lag, gamma=times), coefficients)
+    text = spell(
+        "bema",
+        kappa=None if k == 0.5 else k,
+        eta=None if e == 0.2 else e,
+        rho=None if lag == 10 else lag,
+        gamma=None if times == 1 else times,
+    )
+    return Schedule(text, coefficients)
 
 
 def power_ema(gamma: float | None = None, sigma_rel: float | None = None) -> Schedule:

@@ -53,8 +53,10 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
         panel.bar(steps, merit.proportions, width, color=colors)
         panel.axhline(1 / len(steps), color="0.6", linewidth=0.8, linestyle=":")
         panel.axhline(0, color="0.2", linewidth=0.8)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high + 0.2 * (high - low))  # room for the figures
         panel.set_title(_short(text), fontsize=9)
-        said = f"{merit.effective_number:.3g} of {len(steps)}, age {merit.mean_age:.3g}"
+        said = f"{merit.effective_number:.3g} of {len(steps)}, age {_number(merit.mean_age)}"
         said += f", ×{merit.amplification:.3g}" * (merit.amplification > 1.0000001)
         panel.text(
             0.03,
@@ -63,7 +65,6 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
             transform=panel.transAxes,
             verticalalignment="top",
             fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
         )
         panel.tick_params(labelsize=8)
     for panel in panels[len(weights) :]:
@@ -79,3 +80,7 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
 
 def _short(text: str) -> str:
     return text if len(text) <= _LEGIBLE else text[: _LEGIBLE - 1] + "…"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -197,7 +197,7 @@ def schedule_free(r: float = 0.0, warmup: float = 0.0) -> Schedule:
         keep, add = _relative(before, step, power)
         return keep, add * squared_rate(step)
 
-    return Schedule(spell("schedule_free", r=power, warmup=rise), coefficients, update)
+    return Schedule(spell("schedule_free", r=power, warmup=rise or None), coefficients, update)
 
 
 def lawa(last: int = 10, every: int = 1) -> Schedule:
@@ -227,7 +227,7 @@ def lawa(last: int = 10, every: int = 1) -> Schedule:
         ages = np.arange(len(steps))[::-1]
         return np.where((ages % every == 0) & (ages < last * every), 1.0, 0.0)
 
-    return Schedule(spell("lawa", last=last, every=every), coefficients)
+    return Schedule(spell("lawa", last=last, every=None if every == 1 else every), coefficients)
 
 
 _SHAPES: dict[str, Callable[[float], float]] = {

@@ -92,7 +92,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
 }
 KNOWN = (
     *("equal", "linear", "exponential:alpha=2", "polynomial:power=2", "polynomial_decay:eta=3"),
-    *("schedule_free:r=0", "lawa:last=10,every=1", "ema:decay=0.99", "ema:half_life=1000"),
+    *("schedule_free:r=0", "lawa:last=10", "ema:decay=0.99", "ema:half_life=1000"),
     *("dema:decay=0.99", "bema", "power_ema:sigma_rel=0.1", "post_hoc_ema:sigma_rel=0.1"),
     *("wsm:shape=1-sqrt", "cumulative_window"),
 )
