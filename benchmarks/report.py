@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
-    ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "keras", "reliability")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("performance", "memory", "keras", "reliability", "weights")
 )
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -253,6 +254,34 @@ def largest() -> str:
     )
 
 
+def posthoc_run() -> str:
+    found = figures("posthoc")
+    first, second = found["tracked"]
+    return (
+        f"a random walk with a drift, {found['numbers']:,} numbers over {found['steps']:,} steps; "
+        f"widths {first} and {second} tracked at every step in float64, {found['snapshots']} "
+        "snapshots of each."
+    )
+
+
+def posthoc() -> str:
+    def rows() -> Iterator[str]:
+        for row in figures("posthoc")["rows"]:
+            errors = " | ".join(
+                f"{row['error'][dtype]:.1e} ({row['error_of_the_change'][dtype]:.1e})"
+                for dtype in ("float32", "bfloat16")
+            )
+            where = "" if row["snapshot"] else ", between snapshots"
+            yield (
+                f"{row['sigma_rel']:.2f} | {row['step']:,}{where} | {row['amplification']:.2f} | "
+                f"{errors}"
+            )
+
+    return table(
+        "width wanted | at step | amplification | error, inputs in float32 | in bfloat16", rows()
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -271,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
         mutations,
         differences,
         largest,
+        posthoc_run,
+        posthoc,
     )
 }
 

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "sinks": "extents plan checkpoint publish templates errors",
     "formats": "checkpoint extents publish templates errors",
     "inputs": "formats errors",
-    "recorded": "checkpoint inputs",
+    "recorded": "checkpoint inputs record",
     "grid": "errors formats inputs recorded weights",
     "opening": "checkpoint errors formats",
     "outputs": "checkpoint errors formats opening plan publish record sinks templates",

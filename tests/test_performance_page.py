@@ -18,7 +18,9 @@ def report():
     return module
 
 
-@pytest.mark.parametrize("page", ["performance.md", "memory.md", "keras.md", "reliability.md"])
+@pytest.mark.parametrize(
+    "page", ["performance.md", "memory.md", "keras.md", "reliability.md", "weights.md"]
+)
 def test_every_table_is_made_from_the_results(report, page):
     text = (SCRIPT.parent.parent / "docs" / page).read_text("utf-8")
     assert "<!-- table:" in text

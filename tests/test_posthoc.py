@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from fractions import Fraction
@@ -199,14 +198,9 @@ def test_widths_and_steps_come_from_names_and_several_widths_in_one_pass(run, fi
 
 def test_widths_come_from_metadata_as_a_streaming_averager_writes_it(run, tmp_path):
     for step, width in inputs(run)[0]:
-        told = {
-            "v": 1,
-            "weights": f"power_ema:gamma={gamma_of(width)}",
-            "step": step,
-            "count": step,
-        }
+        told = wavg.Record(f"power_ema:gamma={gamma_of(width)}", float(step), (), step).text()
         path = tmp_path / f"{'ab'[width > 0.07]}-{step}.safetensors"
-        wavg.save(path, {"w": run[step, width]}, metadata={"wavg": json.dumps(told)})
+        wavg.save(path, {"w": run[step, width]}, metadata={"wavg": told})
     made = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")["w"]
     right = run[1000, 0.07]
     assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)

@@ -35,8 +35,7 @@ def planned(paths, **options):
 
 # Steps from metadata
 
-SOONER = json.dumps({"v": 1, "wavg": "0.1.0", "weights": "linear", "step": 600})
-RECORD = json.dumps({"v": 1, "wavg": "0.1.0", "weights": "linear", "step": 700.0})
+SOONER, RECORD = (wavg.Record("linear", step, (), 5).text() for step in (600.0, 700.0))
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def bema(kappa: float = 0.5, eta: float = 0.2, rho: float = 10.0, gamma: float =
     Examples
     --------
     >>> bema()([10, 20, 30]).round(3)
-    array([-0.111,  0.214,  0.897])
+    array([-0.112,  0.214,  0.897])
     """
     k, e = (
         checked(value, f"bema: {name}", "a number of at least 0", lambda number: number >= 0)

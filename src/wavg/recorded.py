@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from wavg.checkpoint import Checkpoint
 from wavg.inputs import rises
+from wavg.record import KEY, Record
 
 __all__ = ["Open", "recorded_steps", "recorded_weights"]
 
@@ -35,7 +36,7 @@ def recorded_steps(
         told.append(_steps_of(path, open_))
         if not told[-1]:
             return None
-    for key in ("wavg", *_KEYS, _TRAINER):
+    for key in (KEY, *_KEYS, _TRAINER):
         steps = [each[key] for each in told if key in each]
         if len(steps) == len(paths) and (repeats or rises(steps)):
             return tuple(steps)
@@ -47,8 +48,8 @@ def recorded_weights(path: str, open_: Open) -> str | None:
 
     For one that `wavg.StreamingAverager` saved this is ``power_ema:sigma_rel=0.05``, say.
     """
-    weights = _record(_metadata(path, open_)).get("weights")
-    return weights if isinstance(weights, str) else None
+    record = Record.read(_metadata(path, open_))
+    return None if record is None else record.weights
 
 
 def _metadata(path: str, open_: Open) -> Mapping[str, str]:
@@ -56,21 +57,18 @@ def _metadata(path: str, open_: Open) -> Mapping[str, str]:
         return checkpoint.index.metadata
 
 
-def _record(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    return _object(metadata.get("wavg", ""))
-
-
 def _object(text: str) -> Mapping[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return {}  # somebody else's text, which tells no step
+        return {}  # a file of another kind, which tells no step
     return found if isinstance(found, dict) else {}
 
 
 def _steps_of(path: str, open_: Open) -> dict[str, float]:
     metadata = _metadata(path, open_)
-    said: dict[str, Any] = {"wavg": _record(metadata).get("step")}
+    record = Record.read(metadata)
+    said: dict[str, Any] = {KEY: record and record.step}
     said |= {key: metadata.get(key) for key in _KEYS}
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     state = os.path.join(folder, _TRAINER)
