@@ -14,6 +14,7 @@ import pytest
 
 import wavg
 from wavg import cli, demo
+from wavg import weights as schedules
 
 STEPS = (1, 2, 9, 10)
 FILES = [f"m_{step}.safetensors" for step in STEPS]
@@ -354,7 +355,9 @@ def test_weights_for_n_checkpoints(run):
     code, out, err = run("weights", "linear", "-n", 4)
     assert (code, err) == (0, "")
     assert [row[:2] for row in chart(out)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
-    assert out.splitlines()[-1] == ("weights linear: effective number 3.33 of 4, mean age 1 steps")
+    assert out.splitlines()[-1] == (
+        "weights linear: effective number 3.33 of 4, mean age 1 steps, amplification 1"
+    )
 
 
 @pytest.mark.parametrize("spec", ["equal", "linear", "exponential:alpha=3", "5,0,1,-2,9,1,1"])
@@ -434,6 +437,55 @@ def test_steps_that_are_not_finite_are_refused(run, steps):
 
 def test_weights_that_nearly_sum_to_zero_are_shown_or_told_in_one_line(run):
     assert run("weights", "1e200,-1e200,1e-200", "-n", 3)[0] in (0, 1)
+
+
+def test_several_schedules_are_shown_one_after_the_other(run):
+    _, out, _ = run(
+        "weights", "linear", "-n", 4, "--compare", "equal", "--compare", "dema:decay=0.5"
+    )
+    parts = out.split("\n\n")
+    assert [len(chart(part)) for part in parts] == [4, 4, 4]
+    lasts = [part.splitlines()[-1].partition(": ")[0] for part in parts]
+    assert lasts == ["weights linear", "weights equal", "weights dema:decay=0.5"]
+
+
+def test_several_schedules_are_one_json_object_with_a_list(run):
+    _, out, _ = run("weights", "linear", *FILES, "--compare", "lawa:last=2", "--json")
+    told = json.loads(out)["schedules"]
+    assert [each["weights"] for each in told] == ["linear", "lawa:last=2"]
+    assert [each["coefficients"] for each in told] == [[0.1, 0.2, 0.3, 0.4], [0, 0, 0.5, 0.5]]
+    assert all(each["steps"] == list(STEPS) for each in told)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_weights_are_drawn(run, tmp_path, ending):
+    pytest.importorskip("matplotlib")
+    arguments = ["weights", "linear", "-n", 5, "--compare", "bema", "--plot", f"w.{ending}"]
+    code, out, err = run(*arguments)
+    assert (code, err, out.splitlines()[-1]) == (0, "", f"drew w.{ending}")
+    picture = (tmp_path / f"w.{ending}").read_bytes()
+    assert picture.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
+    run(*arguments)
+    assert (tmp_path / f"w.{ending}").read_bytes() == picture
+
+
+@pytest.mark.parametrize("name", ["w.doc", "nowhere/w.png"])
+def test_a_picture_that_cannot_be_is_told_in_one_line(run, name):
+    pytest.importorskip("matplotlib")
+    assert_fails(run("weights", "linear", "-n", 5, "--plot", name), f"wavg: {name}: ")
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = run("weights", "linear", "-n", 5, "--plot", "w.png")
+    assert_fails(outcome, r"a picture needs matplotlib .*: pip install 'wavg\[plot\]'")
+
+
+@pytest.mark.parametrize("command", ["average", "weights"])
+def test_help_lists_every_schedule(run, command):
+    _, out, _ = run(command, "--help")
+    told = re.sub(r"\s|-", "", out)
+    assert all(spec.replace("-", "") in told for spec in schedules.KNOWN)
 
 
 def test_weights_may_begin_with_a_minus(run):

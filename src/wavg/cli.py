@@ -200,7 +200,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         "--steps",
         type=_numbers,
         metavar="A,B,...",
-        help="the checkpoints' steps (default: by name)",
+        help="the checkpoints' steps (default: by name, else by metadata)",
     )
     add(
         "--order",

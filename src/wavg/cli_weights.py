@@ -105,18 +105,20 @@ def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Itera
     for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
         bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
         yield f"{step:>10g}  {weight:8.5f}  {bar}"
-    yield figures_line(text, merit, len(steps))
+    yield figures_line(text, merit, len(steps), always=True)
     if merit.amplification > schedules.AMPLIFIES:
         yield amplifies(merit)
 
 
-def figures_line(text: str, merit: schedules.Figures, count: int) -> str:
-    """Describe weights in one line."""
-    amplification = f", amplification {merit.amplification:.3g}" * (merit.amplification > 1.0000001)
-    return (
+def figures_line(text: str, merit: schedules.Figures, count: int, *, always: bool = False) -> str:
+    """Describe weights in one line; an amplification of 1 only if `always`."""
+    line = (
         f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
-        f"mean age {merit.mean_age:.4g} steps{amplification}"
+        f"mean age {merit.mean_age:.4g} steps"
     )
+    if always or merit.amplification > 1.0000001:
+        line += f", amplification {merit.amplification:.3g}"
+    return line
 
 
 def amplifies(merit: schedules.Figures) -> str:

@@ -177,14 +177,16 @@ def average_checkpoints(
         folder with configuration and tokenizer copied from the newest. In the name
         ``{weights}`` and ``{last}`` stand for what an average was made with.
     weights
-        ``"equal"``, ``"linear"``, ``"exponential:alpha=2"``, a schedule such as
-        ``wavg.exponential(alpha=3)``, or one number a checkpoint, oldest first. A list of these
-        makes an average with each.
+        ``"equal"``, ``"linear"``, ``"ema:half_life=1000"`` (docs/weights.md has all), a schedule
+        such as ``wavg.exponential(alpha=3)``, one number a checkpoint, oldest first, or a file that
+        lists them, ``"weights.json"``. A list of these makes an average with each. A checkpoint
+        that none gives a weight is not opened, unless it is the newest.
     last
         Only the newest so many. A list makes an average of each: with every one of the weights, in
         one pass over the inputs.
     steps
-        Where in training each checkpoint was saved; read from the file names by default.
+        Where in training each checkpoint was saved; by default read from the file names, or else
+        from metadata, or else counted from 1.
     sort
         True puts a list, too, in the order of its names. With None a list whose names suggest
         another order gets a warning, with False none.

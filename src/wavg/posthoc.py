@@ -156,10 +156,13 @@ def _power_of_input(given: Input, text: str) -> float:
 
 def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
     """Return the weights, of sum one, with which profiles come nearest to the wanted one."""
+    from threadpoolctl import threadpool_limits
+
     times = steps / end
     products = _product(times[:, None], powers[:, None], times[None, :], powers[None, :])
     target = _product(times, powers, np.ones(1), np.full(1, wanted))
-    weights, *_ = np.linalg.lstsq(products, target, rcond=None)
+    with threadpool_limits(1, user_api="blas"):  # the same digits on every machine's cores
+        weights, *_ = np.linalg.lstsq(products, target, rcond=None)
     total = float(weights.sum())
     return np.asarray(weights / total, np.float64)
 
