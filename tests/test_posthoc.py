@@ -173,23 +173,25 @@ def test_a_step_before_the_first_input_is_refused():
 # Files
 
 
-@pytest.fixture
-def files(run, tmp_path, monkeypatch):
-    """Snapshots of two widths whose names tell both."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def files(run, tmp_path_factory):
+    """A glob of snapshots of two widths whose names tell both."""
+    folder = tmp_path_factory.mktemp("tracked")
     for step, width in inputs(run)[0]:
-        wavg.save(f"ema-sigma_rel={width}-step={step}.safetensors", {"w": run[step, width]})
+        path = folder / f"ema-sigma_rel={width}-step={step}.safetensors"
+        wavg.save(path, {"w": run[step, width]})
+    return str(folder / "ema-*.safetensors")
 
 
-def test_widths_and_steps_come_from_names_and_several_widths_in_one_pass(run, files):
+def test_widths_and_steps_come_from_names_and_several_widths_in_one_pass(run, files, tmp_path):
     reports = wavg.average_checkpoints(
-        "ema-*.safetensors",
-        "out-{weights}.safetensors",
+        files,
+        tmp_path / "out-{weights}.safetensors",
         weights=[wavg.post_hoc_ema(sigma_rel=width) for width in (0.07, 0.15)],
     )
     for report, width in zip(reports, (0.07, 0.15), strict=True):
         made, right = wavg.load(report.output)["w"], run[1000, width]
-        assert report.output == f"out-post_hoc_ema-sigma_rel={width}.safetensors"
+        assert report.output.endswith(f"/out-post_hoc_ema-sigma_rel={width}.safetensors")
         assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
         assert [part.step for part in report.plan.inputs] == [
             step for step in range(50, 1001, 50) for _ in TRACKED
@@ -220,15 +222,15 @@ def test_widths_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys
     assert np.linalg.norm(wavg.load("out.safetensors")["w"] - right) < 2e-3 * np.linalg.norm(right)
 
 
-def test_a_large_amplification_is_noted_on_the_command_line(files, capsys):
-    arguments = ["ema-*.safetensors", "-o", "out.npz", "--weights", "post_hoc_ema:sigma_rel=0.015"]
-    assert cli.main(["average", *arguments]) == 0
+def test_a_large_amplification_is_noted_on_the_command_line(files, tmp_path, capsys):
+    spec, output = "post_hoc_ema:sigma_rel=0.015", str(tmp_path / "out.npz")
+    assert cli.main(["average", files, "-o", output, "--weights", spec]) == 0
     out, err = capsys.readouterr()
     assert re.search(
         r"note: rounding and noise in the inputs come out \d+(\.\d+)? times as large", out
     )
     assert not err
-    assert cli.main(["weights", "post_hoc_ema:sigma_rel=0.015", "ema-*.safetensors"]) == 0
+    assert cli.main(["weights", spec, files]) == 0
     out, err = capsys.readouterr()
     assert "times as large" in out
     assert not err
@@ -243,7 +245,7 @@ def test_a_width_that_nothing_tells_is_asked_for(tmp_path):
 
 def test_other_schedules_refuse_the_shared_steps(files):
     with pytest.raises(WeightError, match="steps must increase"):
-        wavg.average_checkpoints(".", weights=["equal", "post_hoc_ema:sigma_rel=0.07"])
+        wavg.average_checkpoints(files, weights=["equal", "post_hoc_ema:sigma_rel=0.07"])
 
 
 def test_steps_that_nothing_tells_are_asked_for(tmp_path):
