@@ -222,6 +222,30 @@ def test_widths_are_given_on_the_command_line(run, tmp_path, monkeypatch, capsys
     assert np.linalg.norm(wavg.load("out.safetensors")["w"] - right) < 2e-3 * np.linalg.norm(right)
 
 
+@pytest.mark.parametrize("name", ["ema-{width}-{step}.npz", "{width}/ema_{step}.npz"])
+@pytest.mark.parametrize("tracked", [[0.05, 0.1], np.array([0.1, 0.05])])
+def test_tracked_widths_are_found_in_names_whatever_their_order(run, tmp_path, name, tracked):
+    """Naturally sorted, 0.1 comes before 0.05."""
+    for step, width in inputs(run)[0][-12:]:
+        path = tmp_path / name.format(width=width, step=step)
+        path.parent.mkdir(exist_ok=True)
+        wavg.save(path, {"w": run[step, width]})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=tracked)
+    made = wavg.average_checkpoints(tmp_path / name.format(width="*", step="*"), weights=schedule)
+    right = run[1000, 0.07]
+    assert np.linalg.norm(made["w"] - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_names_of_which_some_have_a_width_are_refused(tmp_path):
+    for name in ("ema-0.05-100.npz", "other-100.npz"):
+        wavg.save(tmp_path / name, {"w": np.zeros(1)})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=[0.05, 0.1])
+    with pytest.raises(
+        WeightError, match=r"other-100\.npz: its name has none of the tracked widths"
+    ):
+        wavg.average_checkpoints(tmp_path, weights=schedule)
+
+
 def test_a_large_amplification_is_noted_on_the_command_line(files, tmp_path, capsys):
     spec, output = "post_hoc_ema:sigma_rel=0.015", str(tmp_path / "out.npz")
     assert cli.main(["average", files, "-o", output, "--weights", spec]) == 0

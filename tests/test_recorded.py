@@ -58,7 +58,8 @@ def test_where_names_tell_no_steps_metadata_do(first, second, steps):
 @pytest.mark.parametrize(
     "second",
     [{}, {"step": "soon"}, {"step": "nan"}, {"step": "inf"}, {"step": "100"}, {"step": "50"},
-     {"epoch": "200"}, {"wavg": "{", "step": "1"}, {"wavg": "[" * 10_000}, {"wavg": '{"step": "x"}'}],
+     {"epoch": "200"}, {"wavg": "{", "step": "1"}, {"wavg": "[" * 10_000},
+     {"wavg": '{"step": "x"}'}],
 )  # fmt: skip
 def test_metadata_that_tell_no_increasing_series_count_for_nothing(second):
     paths = [save("best.safetensors", step="100"), save("last.safetensors", **second)]

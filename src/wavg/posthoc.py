@@ -45,8 +45,9 @@ def post_hoc_ema(
         weigh nothing.
     tracked
         The widths that the inputs have, in the measure of the one wanted: one an input, or those of
-        each step, in the order of the inputs, which are then as many at every step. By default what
-        a file's metadata says (as `wavg.StreamingAverager` writes it), or its name
+        each step. A file whose name has one of them in it (``ema-0.05-1000``) is of that; without
+        such names the order of the inputs counts, which are then as many at every step. By default
+        what a file's metadata says (as `wavg.StreamingAverager` writes it), or its name
         (``sigma_rel=0.05`` or ``gamma=6.94`` in it).
 
     Notes
@@ -71,6 +72,7 @@ def post_hoc_ema(
     wanted = power_of("post_hoc_ema", gamma, sigma_rel)
     end = None if step is None else checked(step, "post_hoc_ema: step")
     widths = None if tracked is None else _powers(tracked, sigma_rel is None)
+    given = None if tracked is None else tuple(map(float, tracked))
 
     def combine(steps: F64, powers: F64) -> F64:
         checked_steps("post_hoc_ema", steps, positive=True)
@@ -102,7 +104,8 @@ def post_hoc_ema(
 
     def of_inputs(steps: F64, inputs: Sequence[Input]) -> F64:
         if widths is not None:
-            return coefficients(steps)
+            named = _named(inputs, given or ())
+            return coefficients(steps) if named is None else combine(steps, widths[named])
         return combine(steps, np.array([_power_of_input(each, text) for each in inputs]))
 
     text = spell(
@@ -110,31 +113,54 @@ def post_hoc_ema(
         gamma=gamma,
         sigma_rel=sigma_rel,
         step=end,
-        tracked=None if tracked is None else tuple(map(float, tracked)),
+        tracked=given,
     )
     return Schedule(text, coefficients, of_inputs=of_inputs, repeats=True)
 
 
-def _powers(tracked: Sequence[float], are_gammas: bool) -> list[float]:
+def _powers(tracked: Sequence[float], are_gammas: bool) -> F64:
     name = "post_hoc_ema: tracked"
     if isinstance(tracked, str) or not np.size(tracked):
         raise WeightError(f"{name} must be a list of widths, not {tracked!r}")
     if are_gammas:
-        return [power_of(name, gamma, None) for gamma in tracked]
-    return [power_of(name, None, width) for width in tracked]
+        return np.array([power_of(name, gamma, None) for gamma in tracked])
+    return np.array([power_of(name, None, width) for width in tracked])
 
 
-def _spread(powers: Sequence[float], steps: F64) -> F64:
+def _named(inputs: Sequence[Input], tracked: Sequence[float]) -> list[int] | None:
+    """Return which of the widths each input has by its name; None where names have none of them.
+
+    The order alone would not do: naturally sorted, 0.1 comes before 0.05.
+    """
+    places = []
+    for given in inputs:
+        folder, name = os.path.split(os.path.abspath(given.path))
+        decimals = re.findall(r"\d+\.\d+", f"{os.path.basename(folder)}/{name}")
+        said = {float(decimal) for decimal in decimals}
+        places.append([place for place, width in enumerate(tracked) if width in said])
+    if not any(places) or len({*tracked}) < len(tracked):
+        return None
+    for given, found in zip(inputs, places, strict=True):
+        if len(found) != 1:
+            raise WeightError(
+                f"{given.path}: its name has {len(found) or 'none'} of the tracked widths, those "
+                "of other inputs have one; give one width an input, in their order",
+                path=given.path,
+            )
+    return [found[0] for found in places]
+
+
+def _spread(powers: F64, steps: F64) -> F64:
     """Return the power of each input, from those of each or of each step."""
     if len(powers) == len(steps):
-        return np.array(powers)
+        return powers
     groups, rest = divmod(len(steps), len(powers))
     if rest or (np.diff(steps.reshape(groups, -1), axis=1) != 0).any():
         raise WeightError(
             f"post_hoc_ema: {len(powers)} widths were given for {len(steps)} inputs; give one an "
             "input, or as many as there are inputs at every step"
         )
-    return np.tile(np.array(powers), groups)
+    return np.tile(powers, groups)
 
 
 def _power_of_input(given: Input, text: str) -> float:
