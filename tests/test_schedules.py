@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import wavg
@@ -234,7 +234,6 @@ def test_relative_widths_have_the_published_powers(sigma_rel, gamma):
     assert sigma_rel_of(gamma) == pytest.approx(sigma_rel, rel=1e-3)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e4))
 def test_a_width_and_its_power_are_the_same(gamma):
     assert gamma_of(sigma_rel_of(gamma)) == pytest.approx(gamma, rel=1e-8, abs=1e-6)
@@ -445,7 +444,6 @@ ANY = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(ANY)
 def test_a_text_reads_back_to_the_same_schedule(schedule):
     again = parse(str(schedule))
