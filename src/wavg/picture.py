@@ -67,12 +67,14 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
             fontsize=8,
         )
         panel.tick_params(labelsize=8)
-    for panel in panels[len(weights) :]:
+    for place, panel in enumerate(panels[len(weights) :], start=len(weights)):
         panel.set_visible(False)
+        panels[place - columns].tick_params(labelbottom=True)  # nothing is below it
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("weight, as a share of the sum; dotted: equal weights", fontsize=9)
     try:
-        with mpl.rc_context({"svg.hashsalt": "wavg"}):  # the same picture, the same bytes
+        with mpl.rc_context({"svg.hashsalt": "wavg", "svg.fonttype": "none"}):
+            # the same picture, the same bytes, and letters as letters
             figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
     except ValueError as error:
         raise OutputError(f"{path}: {error}", path=path) from None
