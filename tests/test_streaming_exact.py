@@ -47,7 +47,7 @@ NASTY = {
     "opposite": [7.0, -7.0],
     "opposite but for the last bit": [1 + 2.0**-23, -1.0],
     "zeros of both signs": [-0.0, 0.0],
-    "negative zeros": [-0.0, -0.0],
+    "negative zeros": [-0.0, -0.0, -0.0],
     "largest": [3.4028235e38] * 5,
     "smallest": [1e-45, 1e-45, 0.0],
     "halves of the smallest": [1e-45, 0.0],
@@ -109,13 +109,13 @@ def test_a_leaf_of_many_such_elements_gets_another_array():
 
 
 def test_under_a_large_sum_of_weights_the_mean_is_still_rounded_once():
-    # Its odd part exceeds 28 bits: a quotient may no longer be rounded twice.
-    rule = wavg.Schedule("own", lambda steps: steps, lambda i, *_: (1.0, i * 1_000_003.0))
-    weights = [i * 1_000_003.0 for i in range(1, 41)]
-    assert sum(weights) > 2**28
-    rows = np.random.default_rng(0).standard_normal((40, 400)).astype(np.float32)
-    rows[:, :100] = np.where(rows[:, :100] < 0, 1.0, 1 + 2.0**-23)  # near and at midpoints
+    # Just above a midpoint, which the quotient in float64 cannot tell from it: a sum of weights of
+    # 31 bits is too much for rounding twice.
+    weights = [2.0**29 + 1, 2.0**29 + 2]
+    rule = wavg.Schedule("own", lambda steps: steps, lambda i, *_: (1.0, weights[i - 1]))
+    rows = np.float32([[1.0], [1 + 2.0**-23]])
     ours = streamed(list(rows), rule).result()
+    assert ours == 1 + 2.0**-23
     assert reference.same_bytes(ours, reference.average(weights, rows))
 
 
