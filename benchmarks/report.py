@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("performance", "memory", "keras", "reliability", "weights")
+    for name in ("performance", "memory", "keras", "reliability", "weights", "streaming")
 )
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -282,6 +282,28 @@ def posthoc() -> str:
     )
 
 
+def streaming() -> str:
+    def rows() -> Iterator[str]:
+        for dtype, found in figures("streaming").items():
+            bare = statistics.median(found["bare_sum_seconds"])
+            for name, row in found["ways"].items():
+                update = statistics.median(row["update_seconds"])
+                yield (
+                    f"{dtype} | {name} | {update / found['numbers'] * 1e9:.1f} ns | "
+                    f"{update / bare:.1f} | "
+                    f"{statistics.median(row['result_seconds']) / found['numbers'] * 1e9:.0f} ns | "
+                    f"{row['state_bytes'] / found['numbers']:.1f} | "
+                    f"{row['later_updates_allocate_bytes'] / 1e6:.2f} MB of "
+                    f"{found['model_bytes'] / 1e6:.0f} MB"
+                )
+
+    return table(
+        "| average | an update, a number | times a bare sum | the result, a number | "
+        "state, bytes a number | later updates allocate, of a model of",
+        rows(),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -296,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = {
         index,
         breakdown,
         batchnorm,
+        streaming,
         memory,
         mutations,
         differences,

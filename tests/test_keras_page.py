@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
+    keras.utils.clear_session()  # names are counted, and the page prints some
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield pages.run(PAGE, tmp_path_factory.mktemp("page"), monkeypatch)
 

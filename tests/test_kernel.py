@@ -279,13 +279,6 @@ def test_whole_tiles_agree_with_the_oracle_on_a_sample(dtype, weights):
     assert reference.same_bytes(ours[sample], right)
 
 
-def test_accumulate_keeps_a_running_sum():
-    total = np.zeros(4)
-    for i in range(5):
-        kernel.accumulate(total, np.full(4, i, np.float32), keep=0.5, add=2.0)
-    np.testing.assert_allclose(total, sum(2.0 * i * 0.5 ** (4 - i) for i in range(5)))
-
-
 @pytest.mark.parametrize("target", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("source", ["float64", "float32"])
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [0.3, 0.2, 0.4, 0.1]])

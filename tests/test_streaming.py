@@ -47,17 +47,19 @@ def rows(data, dtype, spread, count=None):
 
 
 @pytest.mark.parametrize("weights", EXACT)
-@pytest.mark.parametrize(("dtype", "spread"), [("float16", None), ("bfloat16", 28)])
-@settings(deadline=None, max_examples=25)
+@pytest.mark.parametrize("spread", [None, 3, 28])
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@settings(deadline=None, max_examples=12)
 @given(data=st.data())
-def test_equal_and_linear_of_half_precision_have_the_bytes_of_the_average(
-    weights, dtype, spread, data
-):
-    for ours, right in every_prefix(rows(data, dtype, spread), weights):
+def test_equal_and_linear_have_the_bytes_of_the_average(weights, dtype, spread, data):
+    models = rows(data, dtype, spread)
+    if dtype == "float64" and spread is None:  # so that no sum exceeds float64
+        models = [np.clip(model, -1e300, 1e300) for model in models]
+    for ours, right in every_prefix(models, weights):
         assert_same_tree(ours, right)
 
 
-@pytest.mark.parametrize("weights", SCHEDULES)
+@pytest.mark.parametrize("weights", SCHEDULES[2:])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
@@ -67,7 +69,7 @@ def test_half_precision_is_within_one_unit_of_the_average(weights, dtype, data):
         assert distance.max() <= 1
 
 
-@pytest.mark.parametrize("weights", SCHEDULES)
+@pytest.mark.parametrize("weights", SCHEDULES[2:])
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_float32_is_within_one_unit_of_the_average(weights, data):
@@ -75,7 +77,7 @@ def test_float32_is_within_one_unit_of_the_average(weights, data):
         np.testing.assert_array_max_ulp(ours, right, maxulp=1)
 
 
-@pytest.mark.parametrize("weights", SCHEDULES)
+@pytest.mark.parametrize("weights", SCHEDULES[2:])
 @settings(deadline=None, max_examples=15)
 @given(data=st.data(), spread=st.sampled_from([3, 40]))
 def test_float64_keeps_the_error_bound_of_a_sum(weights, data, spread):
@@ -291,10 +293,10 @@ def test_a_first_model_that_was_refused_does_not_settle_the_structure():
 
 def test_the_check_of_the_state_sees_a_planted_change():
     class Careless(wavg.StreamingAverager):
-        def update(self, model):
+        def update(self, model, step=None):
             if self.count:
-                self._sums[0] += 1.0
-            super().update(model)
+                self._held._sums[0][0].levels[0] += 1.0
+            super().update(model, step)
 
     averager = Careless()
     averager.update([1.0])

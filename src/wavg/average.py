@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from wavg import tree as pytree
 from wavg import weights as schedules
-from wavg.dtypes import DType, dtype_of, native
+from wavg.arrays import leaf_to_numpy
+from wavg.dtypes import DType, dtype_of
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
 from wavg.kernel import Combination, Combiner
 
@@ -34,8 +35,9 @@ def average(
     ----------
     trees
         Models of one structure, oldest first: nested dicts, lists, tuples and named tuples. A list
-        of arrays, such as Keras' ``get_weights()`` returns, is one. Leaves are anything that
-        `numpy.asarray` takes; arrays are not copied.
+        of arrays, such as Keras' ``get_weights()`` returns, is one. Leaves are arrays of NumPy,
+        PyTorch, JAX, TensorFlow or Keras, or anything that `numpy.asarray` takes; those in this
+        machine's memory are not copied.
     weights
         A schedule, its text, or one number a tree, oldest first.
     steps
@@ -88,7 +90,9 @@ def average(
         raise WeightError(f"{len(positions)} steps were given for {len(models)} trees")
     combination = Combination.of(schedule(positions))
     paths, rows = pytree.align(models)
-    arrays = [[native(np.asarray(leaf)) for leaf in row] for row in rows]
+    arrays = [
+        [leaf_to_numpy(path, leaf) for leaf in row] for path, row in zip(paths, rows, strict=True)
+    ]
     _check_leaves(paths, arrays)
     combiners: dict[DType, Combiner] = {}
     for entry in {dtype_of(row[0].dtype) for row in arrays}:

@@ -3,7 +3,7 @@
 Two ways to the one right answer. `double_double` takes about 106 bits for all columns at once
 (Dekker 1971; Ogita, Rump & Oishi 2005); it also sees when nothing at all was lost, and so settles
 exact ties, and says which columns it is certain of. `integer_mean` takes one column in whole
-numbers of any length.
+numbers of any length. Their last steps, `divide` and `ratio`, serve sums made elsewhere as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wavg.dtypes import DType
 from wavg.rounding import bits_of, odd, round_to
 
-__all__ = ["double_double", "integer_mean"]
+__all__ = ["divide", "double_double", "integer_mean", "ratio"]
 
 F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
@@ -58,15 +58,43 @@ def double_double(
                 exact &= (lost == 0.0) & ((np.abs(product) >= _SMALLEST) | (part == 0.0))
                 reach += np.abs(product)
                 terms += 1
+    error = reach * (terms**2 * 8 * _UNIT**2)
+    error += terms * _LOST * (1.0 + np.abs(columns).max(axis=0))
+    return divide(high, low, error, total, target, exact=exact)
+
+
+def divide(
+    high: F64,
+    low: F64,
+    error: F64,
+    total: tuple[float, float],
+    target: DType,
+    *,
+    exact: npt.NDArray[np.bool_],
+) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return rounded quotients ``(high + low) / total``, and which of them are certain.
+
+    Parameters
+    ----------
+    high, low
+        The dividends as unevaluated pairs, shape (columns,).
+    error
+        A bound on what the pairs may be off, what underflow takes included.
+    total
+        The divisor, positive, as a pair.
+    target
+        The format to round to.
+    exact
+        Where the pair and the first of the divisor are all there is: if their quotient comes out
+        even, there is no error.
+    """
     high, low = _two_sum(high, low)
     divisor = np.full_like(high, total[0])
     quotient = high / divisor
     rest, lost = _two_sum(_remainder(high, quotient, divisor), low)
-    exact &= lost == 0.0
+    exact = exact & (lost == 0.0)
     correction = (rest - quotient * total[1]) / divisor
     exact &= _remainder(rest, correction, divisor) == 0.0  # what is not lossless never is
-    error = reach * (terms**2 * 8 * _UNIT**2)
-    error += terms * _LOST * (1.0 + np.abs(columns).max(axis=0))
     error = error / divisor + np.abs(correction) * (4 * _UNIT)
     error += np.abs(quotient) * (8 * _UNIT**2)
     error[exact] = 0.0
@@ -88,15 +116,24 @@ def integer_mean(weights: Sequence[int], column: Sequence[float], target: DType)
     denominator = max(below for _, below in ratios)  # all are powers of two
     pairs = zip(weights, ratios, strict=True)
     above = sum(weight * top * (denominator // below) for weight, (top, below) in pairs)
-    denominator *= sum(weights)
+    return ratio(above, denominator * sum(weights), target)
+
+
+def ratio(above: int, below: int, target: DType) -> Any:
+    """Return the quotient of two whole numbers, the second positive, rounded once.
+
+    >>> from wavg.dtypes import lookup
+    >>> float(ratio(1, 3, lookup("bfloat16")))
+    0.333984375
+    """
     try:
-        nearest = above / denominator  # Python rounds a ratio of integers correctly
+        nearest = above / below  # Python rounds a ratio of integers correctly
     except OverflowError:
         return np.array([np.inf if above > 0 else -np.inf]).astype(target.numpy)[0]
     if not nearest:  # below float64's range; every narrower format rounds it to that signed zero
         return np.array([nearest]).astype(target.numpy)[0]
-    top, below = nearest.as_integer_ratio()
-    rest = float((above * below > top * denominator) - (above * below < top * denominator))
+    top, bottom = nearest.as_integer_ratio()
+    rest = float((above * bottom > top * below) - (above * bottom < top * below))
     return round_to(odd(np.array([nearest]), np.array([rest]), target), target)[0]
 
 

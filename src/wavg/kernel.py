@@ -1,6 +1,7 @@
-"""The only weighted-sum arithmetic: widen, combine, round.
+"""Weighted sums of many inputs at once: widen, combine, round.
 
-It knows arrays of one number format and a matrix of weights; nothing of files, names or steps.
+It knows arrays of one number format and a matrix of weights; nothing of files, names or steps, nor
+of running sums, which `wavg.sums` keeps.
 
 The result is *defined* as the correctly rounded weighted mean: the exact value of
 ``Σ w_k x_k / Σ w_k`` over the given float64 weights, rounded once, to nearest even, into the output
@@ -51,7 +52,6 @@ __all__ = [
     "COMPILED",
     "Combination",
     "Combiner",
-    "accumulate",
     "combine",
     "reads_files",
     "scratch_bytes",
@@ -606,18 +606,6 @@ def combine(
     """
     combiner = Combiner(combination, _entry(block), _entry(outs), allow_nonfinite=allow_nonfinite)
     combiner(block, outs)
-
-
-def accumulate(total: F64, array: Array, *, keep: float = 1.0, add: float = 1.0) -> None:
-    """Update a running sum in place: ``total = keep * total + add * array``, in float64.
-
-    >>> total = np.array([1.0, 2.0]); accumulate(total, np.array([3, 4], np.float32), keep=0.5)
-    >>> total
-    array([3.5, 5. ])
-    """
-    if keep != 1.0:
-        np.multiply(total, keep, out=total)
-    np.add(total, array if add == 1.0 else np.multiply(array, add, dtype=np.float64), out=total)
 
 
 def _entry(array: Array) -> DType:

@@ -3,44 +3,66 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from wavg import tree as pytree
+from wavg import state
 from wavg import weights as schedules
-from wavg.dtypes import DType, dtype_of, native
-from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
-from wavg.kernel import accumulate
-from wavg.rounding import round_to
+from wavg.errors import OutputError, WavgError, WeightError
+from wavg.files import save
+from wavg.record import KEY, Record
+from wavg.ring import FolderRing, MemoryRing
+from wavg.structure import Moment, Structure
+from wavg.tracks import PRECISIONS, Tracks
+
+if TYPE_CHECKING:
+    from wavg.inputs import PathLike
 
 __all__ = ["StreamingAverager"]
 
 
 class StreamingAverager:
-    """A running average of the models of a training run.
+    """A running average of the models of a training run, or several at once.
 
     Parameters
     ----------
     weights
-        ``"equal"``, ``"linear"``, ``"exponential:alpha=2"`` or a schedule that has a streaming
-        form. ``exponential`` is a debiased exponential moving average, of decay ``exp(-1/alpha)``.
+        A schedule that streams, or its text: ``"equal"``, ``"linear"``,
+        ``"exponential:alpha=2"`` …; with a `window` any schedule. A list of them tracks several
+        averages, each model being read once for all.
+    precision
+        Of the sums: ``"float64"``, or ``"float32"`` for half the memory.
+    window
+        Average the last so many models alone. They are all kept.
+    folder
+        Keep the models of the window as safetensors files there, not in memory. What an earlier
+        run has left in it is taken up.
     allow_nonfinite
-        Let NaN and infinities into the sum in place of an error.
+        Let NaN and infinities into the average in place of an error.
 
     Raises
     ------
     WeightError
-        A schedule whose weights depend on how many models will come.
+        Without a window, a schedule whose weights depend on how many models will come.
 
     Notes
     -----
-    The state is one float64 sum for each floating-point element, of the unnormalised weights times
-    the models, divided once by `result`. Where the sums fit 53 bits, as they nearly always do for
-    half precision, `equal` and `linear` are as exact as `wavg.average`; else the relative error of
-    a sum of n models is below n · 2⁻⁵³ times its condition. `update` reads the model once and
-    leaves it alone.
+    *Arrays.* A model is a pytree: nested dicts, lists, tuples, named tuples. Leaves are arrays of
+    NumPy, PyTorch, JAX, TensorFlow or Keras, on any device, or anything with ``__array__`` or
+    ``__dlpack__``. Integers and booleans are the newest model's.
+
+    *Exactness.* With float64 sums, an average whose sum is only added to (equal, linear) is the
+    exact weighted mean, rounded once: byte for byte that of `wavg.average_checkpoints` of the same
+    models. What does not fit the sums is kept beside them. A sum that is also scaled (exponential,
+    EMA) is rounded at every update, to a relative error of some n · 2⁻⁵³ times its condition, n the
+    models it has not yet forgotten. With ``precision="float32"`` that is n · 2⁻²⁴, whatever the
+    schedule.
+
+    *Memory.* Eight bytes a number and average, or four; for a model of float64 and an average that
+    is exact, 16. All is made at the first update; later ones work in place, in blocks. Only if one
+    number in 64 of a leaf outgrows its sum (values some 2²⁵ apart at one place) is another array
+    made. A window takes its n models in memory, or on the disk.
 
     Examples
     --------
@@ -50,137 +72,217 @@ class StreamingAverager:
     ...     averager.update([np.float32([value, 10]), np.int64(value)])
     >>> averager.result()
     [array([ 2.3333333, 10.       ], dtype=float32), array(3)]
+
+    The newest two of a run, and two averages in one go:
+
+    >>> newest = wavg.StreamingAverager(window=2)
+    >>> both = wavg.StreamingAverager(["equal", "exponential:alpha=1"])
+    >>> for step in (100, 200, 300):
+    ...     newest.update({"w": np.float32(step)}, step)
+    ...     both.update({"w": np.float32(step)}, step)
+    >>> newest.result()
+    {'w': array(250., dtype=float32)}
+    >>> both.result()
+    [{'w': array(200., dtype=float32)}, {'w': array(257.52103, dtype=float32)}]
     """
 
     def __init__(
-        self, weights: schedules.WeightsLike = "equal", *, allow_nonfinite: bool = False
+        self,
+        weights: schedules.WeightsLike | Sequence[schedules.WeightsLike] = "equal",
+        *,
+        precision: str = "float64",
+        window: int | None = None,
+        folder: PathLike | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
-        schedule = schedules.resolve(weights)
-        if schedule.update is None:
-            raise WeightError(
-                f"weights {schedule} need to know how many models will come; "
-                "equal, linear and exponential do not"
-            )
-        self._update, self._text = schedule.update, str(schedule)
-        self._allow_nonfinite = allow_nonfinite
-        self._count, self._total = 0, 0.0
-        self._tree: Any = None
-        self._paths: list[str] = []
-        self._specs: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
-        self._sums: list[npt.NDArray[Any]] = []
+        self._many = schedules.is_several(weights)
+        several = weights if schedules.is_several(weights) else [weights]
+        self._rules = [schedules.resolve(rule) for rule in several]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be a positive number of models, not {window}")
+        if folder is not None and window is None:
+            raise ValueError("a folder holds the models of a window; give window=n as well")
+        self._precision, self._window, self._allow_nonfinite = precision, window, allow_nonfinite
+        self._structure: Structure | None = None
+        self._last: Moment | None = None
+        self._held: Tracks | MemoryRing | FolderRing
+        if window is None:
+            self._held = Tracks(self._rules, precision, allow_nonfinite)
+        elif folder is None:
+            self._held = MemoryRing(self._rules, window, allow_nonfinite)
+        else:
+            self._held = FolderRing(self._rules, window, os.fspath(folder), allow_nonfinite)
+            self._structure, self._last = self._held.structure, self._held.last
 
     @property
     def count(self) -> int:
         """How many models have come."""
-        return self._count
+        return self._last.position if self._last else 0
 
-    def update(self, model: Any) -> None:
+    @property
+    def step(self) -> float | None:
+        """The newest model's step, its number if none was given; None before the first."""
+        return self._last.step if self._last else None
+
+    def update(self, model: Any, step: float | None = None) -> None:
         """Take in the next model: a pytree of arrays of one structure throughout.
+
+        Parameters
+        ----------
+        model
+            It is read once, copied from, and left alone.
+        step
+            Where in training it stands; steps increase. Its number, 1, 2, …, if never given.
 
         Raises
         ------
         StructureMismatchError
             It differs from the first in structure, shapes or dtypes; the state is as before.
         NonFiniteError
-            It holds NaN or infinity; the state is as before.
+            It holds NaN or infinity, or a sum would exceed its precision; the state is as before.
+        WeightError
+            The step does not increase, or steps are given for some models only.
         """
-        arrays = self._arrays(model)
-        step, before = float(self._count + 1), float(self._count)
-        keep, add = self._update(self._count + 1, step, before)
-        if not self._allow_nonfinite:
-            self._check_finite(arrays, keep, add)
-        if not self._count:
-            self._begin(model, arrays)
-        for array, total in zip(arrays, self._sums, strict=True):
-            entry = dtype_of(array.dtype)
-            if entry is not None and entry.averaged:
-                accumulate(_real(total), _real(array), keep=keep, add=add)
-            else:
-                total[...] = array  # integers: the newest
-        self._total = keep * self._total + add
-        self._count += 1
+        self._refuse_torn()
+        moment = self._moment(step)
+        if self._structure is None:
+            structure, arrays = Structure.first(model)
+        else:
+            structure, arrays = self._structure.next(model)
+        self._held.update(structure, arrays, moment)
+        self._structure, self._last = structure, moment
 
     def result(self) -> Any:
-        """Return the average so far: the first model's structure with new arrays.
+        """Return the average so far: the first model's structure with new NumPy arrays.
+
+        Of several schedules, a list of averages in their order. After `load`, and before an update
+        has shown the structure again, a dict of arrays by path.
 
         Raises
         ------
         WeightError
-            No model has come yet.
+            No model has come yet, or the weights sum to zero.
         """
-        if not self._count:
-            raise WeightError("there is no average yet: update() has not been called")
-        results = (
-            self._finish(total, dtype)
-            for total, (_, dtype) in zip(self._sums, self._specs, strict=True)
-        )
-        return pytree.rebuild(self._tree, results)
+        structure = self._begun()
+        results = [structure.rebuild(arrays) for arrays in self._held.results(structure)]
+        return results if self._many else results[0]
+
+    def save(self, path: PathLike, *, overwrite: bool = True) -> None:
+        """Write the state to a safetensors file, from which `load` goes on as if nothing had been.
+
+        Whatever happens, there is the old file or the new one, whole.
+
+        Raises
+        ------
+        WeightError
+            There is no state yet, or a schedule is your own, without a text form.
+        OutputError
+            The file cannot be written. A window in a folder needs no file: the folder is its state.
+        """
+        structure = self._begun()
+        if isinstance(self._held, FolderRing):
+            raise OutputError(
+                "a window in a folder is kept there: StreamingAverager with the same folder goes on"
+            )
+        header: dict[str, Any] = {
+            "weights": [state.text_of(rule) for rule in self._rules],
+            "many": self._many,
+            "precision": self._precision,
+            "window": self._window,
+            "allow_nonfinite": self._allow_nonfinite,
+            "last": self._last,
+        }
+        if isinstance(self._held, Tracks):
+            header["totals"] = state.total_texts(self._held.totals)
+        else:
+            header["steps"] = self._held.steps
+        packed = self._held.pack(structure.names())
+        state.write(os.fspath(path), structure, header, packed, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: PathLike) -> StreamingAverager:
+        """Return the averager that `save` wrote.
+
+        The next model has to have the leaves of those before, by path, shape and dtype.
+
+        Raises
+        ------
+        CheckpointFormatError
+            The file is damaged, or no saved state.
+        """
+        with state.read(os.fspath(path)) as (header, packed):
+            weights = list(map(str, header["weights"]))
+            averager = cls(
+                weights if header["many"] else weights[0],
+                precision=header["precision"],
+                window=header["window"],
+                allow_nonfinite=bool(header["allow_nonfinite"]),
+            )
+            structure, held = state.structure_of(header), averager._held
+            if isinstance(held, Tracks):
+                held.unpack(structure, state.totals_of(header["totals"]), packed)
+            elif isinstance(held, MemoryRing):
+                held.unpack(structure, list(map(float, header["steps"])), packed)
+            position, step, before, given = header["last"]
+            averager._structure = structure
+            averager._last = Moment(int(position), float(step), float(before), bool(given))
+        return averager
+
+    def save_average(self, path: PathLike, which: int = 0, *, overwrite: bool = False) -> None:
+        """Write an average as a checkpoint: its arrays by path, and where they come from.
+
+        Parameters
+        ----------
+        path
+            As `wavg.save` takes it. A safetensors file tells schedule, step and count in its
+            metadata, under ``wavg``.
+        which
+            Of several averages, the number in their list.
+        overwrite
+            Replace an existing file.
+        """
+        structure = self._begun()
+        arrays = list(self._held.results(structure))[which]
+        tensors = dict(zip(structure.names(), arrays, strict=True))
+        assert self._last
+        count = self.count if self._window is None else min(self.count, self._window)
+        record = Record(str(self._rules[which]), self._last.step, (), count)
+        target = os.fspath(path)
+        metadata = {KEY: record.text()} if target.endswith(".safetensors") else {}
+        save(target, tensors, metadata=metadata, overwrite=overwrite)
 
     def __repr__(self) -> str:
-        return f"StreamingAverager({self._text!r}, count={self._count})"
+        texts = [str(rule) for rule in self._rules]
+        return f"StreamingAverager({texts if self._many else texts[0]!r}, count={self.count})"
 
-    def _arrays(self, model: Any) -> list[npt.NDArray[Any]]:
-        if not self._count:
-            pairs = list(pytree.leaves(model))
-            self._paths = [path for path, _ in pairs]
-            return [native(np.asarray(leaf)) for _, leaf in pairs]
-        _, rows = pytree.align([self._tree, model])
-        arrays = [native(np.asarray(row[1])) for row in rows]
-        differences = [
-            f"{path}: {array.dtype}{list(array.shape)}, not {dtype}{list(shape)}"
-            for path, array, (shape, dtype) in zip(self._paths, arrays, self._specs, strict=True)
-            if (array.shape, array.dtype) != (shape, dtype)
-        ]
-        if differences:
-            raise StructureMismatchError(
-                "the model differs from the first:\n  " + "\n  ".join(differences),
-                differences=differences,
+    def _begun(self) -> Structure:
+        if self._structure is None:
+            raise WeightError("there is no average yet: update() has not been called")
+        self._refuse_torn()
+        return self._structure
+
+    def _refuse_torn(self) -> None:
+        if self._held.torn:
+            raise WavgError(
+                "an update was interrupted half-way, so that the sums are of no model; go on from "
+                "a saved state"
             )
-        return arrays
 
-    def _check_finite(self, arrays: list[npt.NDArray[Any]], keep: float, add: float) -> None:
-        for position, (path, array) in enumerate(zip(self._paths, arrays, strict=True)):
-            entry = dtype_of(array.dtype)
-            if entry is None or not entry.averaged:
-                continue
-            if not np.isfinite(array).all():
-                raise NonFiniteError(
-                    f"{path} holds NaN or infinity; allow_nonfinite=True lets it through",
-                    tensor=path,
-                )
-            if entry.component.bits == 64 and self._count and array.size:
-                sums = float(np.abs(_real(self._sums[position])).max())
-                if not math.isfinite(keep * sums + add * float(np.abs(_real(array)).max())):
-                    raise NonFiniteError(f"the sum for {path} exceeds float64", tensor=path)
-
-    def _begin(self, model: Any, arrays: list[npt.NDArray[Any]]) -> None:
-        for path, array in zip(self._paths, arrays, strict=True):
-            if dtype_of(array.dtype) is None:
-                raise WavgError(f"leaf {path} is {array.dtype}, not an array of numbers")
-        self._tree = pytree.rebuild(model, iter(self._paths))  # the shape, without the arrays
-        self._specs = [(array.shape, array.dtype) for array in arrays]
-        # -0.0 is the neutral element of addition: a sum of negative zeros stays one.
-        self._sums = [np.full(array.shape, _neutral(array.dtype)) for array in arrays]
-
-    def _finish(self, total: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        entry = dtype_of(dtype)
-        if entry is None or not entry.averaged:
-            return total.copy()
-        flat = _real(total).reshape(-1) / self._total
-        component: DType = entry.component
-        return round_to(flat, component).view(dtype).reshape(total.shape)
-
-
-def _neutral(dtype: np.dtype[Any]) -> Any:
-    entry = dtype_of(dtype)
-    if entry is None or not entry.averaged:
-        return np.zeros((), dtype)
-    return np.complex128(complex(-0.0, -0.0)) if entry.kind == "complex" else np.float64(-0.0)
-
-
-def _real(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """View complex numbers as pairs of reals."""
-    if array.dtype.kind != "c":
-        return array
-    half = np.dtype(f"f{array.dtype.itemsize // 2}")
-    return array.reshape(*array.shape, 1).view(half)
+    def _moment(self, step: float | None) -> Moment:
+        position = self.count + 1
+        if self._last and self._last.given != (step is not None):
+            raise WeightError(
+                "steps are given for every model or for none, and those before "
+                + ("had one" if self._last.given else "had none")
+            )
+        number = float(position if step is None else step)
+        before = self._last.step if self._last else 0.0
+        if not math.isfinite(number) or (self._last and number <= before):
+            raise WeightError(
+                f"steps must increase, and {number:g} came after {before:g}"
+                if self._last
+                else f"a step must be a finite number, not {number}"
+            )
+        return Moment(position, number, before, step is not None)

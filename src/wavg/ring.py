@@ -1,0 +1,181 @@
+"""Windows: the last n models of a stream, in memory or as files, averaged all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from glob import escape, glob
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wavg.average import average
+from wavg.blocks import Scratch, refuse_nonfinite
+from wavg.errors import CheckpointFormatError
+from wavg.files import average_checkpoints, open_checkpoint, save
+from wavg.structure import Leaf, Moment, Structure
+from wavg.weights import Schedule
+
+__all__ = ["FolderRing", "MemoryRing"]
+
+Array = npt.NDArray[Any]
+
+_KEY = "wavg_window"
+_FILES = "model_*.safetensors"
+
+
+class MemoryRing:
+    """The last models, copied into arrays that are made once.
+
+    Parameters
+    ----------
+    rules
+        Schedules, streaming or not.
+    window
+        How many models.
+    allow_nonfinite
+        Let NaN and infinities in.
+    """
+
+    def __init__(self, rules: Sequence[Schedule], window: int, allow_nonfinite: bool) -> None:
+        self._rules, self._window, self._allow_nonfinite = rules, window, allow_nonfinite
+        self._slots: list[list[Array]] = []
+        self.steps: list[float] = []  # of the models held, oldest first
+        self._scratch = Scratch()
+        self.torn = False  # an update was interrupted half-way
+
+    def update(self, structure: Structure, arrays: Sequence[Array], moment: Moment) -> None:
+        """Take in a model, in place of the oldest if there are n."""
+        if not self._allow_nonfinite:
+            refuse_nonfinite(structure.leaves, arrays, self._scratch)
+        if not self._slots:
+            self.begin(structure)
+        self.torn = True
+        self._slots.append(self._slots.pop(0))  # oldest first, those not yet filled before them
+        for slot, array in zip(self._slots[-1], arrays, strict=True):
+            np.copyto(slot, array)
+        self.steps = [*self.steps, moment.step][-self._window :]
+        self.torn = False
+
+    def begin(self, structure: Structure) -> None:
+        """Make the arrays."""
+        leaves = structure.leaves
+        self._slots = [
+            [np.empty(leaf.shape, leaf.format.numpy) for leaf in leaves]
+            for _ in range(self._window)
+        ]
+
+    def results(self, structure: Structure) -> Iterator[list[Array]]:
+        """Yield each schedule's average, as new arrays."""
+        models = self._slots[-len(self.steps) :]
+        for rule in self._rules:
+            yield average(models, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite)
+
+    def pack(self, names: Sequence[str]) -> dict[str, Array]:
+        """Return all numbers as named arrays; nothing is copied."""
+        models = self._slots[-len(self.steps) :]
+        return {
+            f"model{number}/{name}": array
+            for number, model in enumerate(models)
+            for name, array in zip(names, model, strict=True)
+        }
+
+    def unpack(self, structure: Structure, steps: list[float], packed: dict[str, Array]) -> None:
+        """Take up what `pack` returned, and remove it from there."""
+        self.begin(structure)
+        self.steps = steps
+        for number, model in enumerate(self._slots[-len(steps) :]):
+            for name, array in zip(structure.names(), model, strict=True):
+                values = packed.pop(f"model{number}/{name}")
+                if (values.shape, values.dtype) != (array.shape, array.dtype):
+                    raise ValueError(f"model{number}/{name} is {values.dtype}{list(values.shape)}")
+                np.copyto(array, values)
+
+
+class FolderRing:
+    """The last models as safetensors files in a folder, which outlives the process.
+
+    Parameters
+    ----------
+    rules
+        Schedules, streaming or not.
+    window
+        How many models.
+    folder
+        Made if it is not there; what a run before has left in it is taken up.
+    allow_nonfinite
+        Let NaN and infinities in.
+
+    Attributes
+    ----------
+    structure
+        Of the models found in the folder; None where there is none.
+    last
+        When the newest of them came.
+    """
+
+    def __init__(
+        self, rules: Sequence[Schedule], window: int, folder: str, allow_nonfinite: bool
+    ) -> None:
+        self._rules, self._window, self._folder = rules, window, folder
+        self._allow_nonfinite, self._scratch = allow_nonfinite, Scratch()
+        self.torn = False  # a file is whole or not there
+        self.structure: Structure | None = None
+        self.last: Moment | None = None
+        os.makedirs(folder, exist_ok=True)
+        found = sorted((*_read(path), path) for path in glob(os.path.join(escape(folder), _FILES)))
+        self._held = [(moment, path) for moment, _, path in found]
+        if found:
+            self.last, self.structure, _ = found[-1]
+
+    @property
+    def paths(self) -> list[str]:
+        """The files of the window, oldest first."""
+        return [path for _, path in self._held[-self._window :]]
+
+    def update(self, structure: Structure, arrays: Sequence[Array], moment: Moment) -> None:
+        """Write a model; when it is on the disk, remove what the window has left behind."""
+        if not self._allow_nonfinite:
+            refuse_nonfinite(structure.leaves, arrays, self._scratch)
+        path = os.path.join(self._folder, _FILES.replace("*", step_text(moment.step)))
+        tensors = dict(zip(structure.names(), arrays, strict=True))
+        save(path, tensors, metadata={_KEY: json.dumps(moment)})
+        self._held.append((moment, path))
+        while len(self._held) > self._window:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._held[0][1])
+            del self._held[0]
+
+    def results(self, structure: Structure) -> Iterator[list[Array]]:
+        """Yield each schedule's average, by `wavg.average_checkpoints` of the files."""
+        averages = average_checkpoints(
+            self.paths,
+            weights=list(self._rules),
+            steps=[moment.step for moment, _ in self._held[-self._window :]],
+            allow_nonfinite=self._allow_nonfinite,
+        )
+        for tensors in averages:
+            yield [tensors[leaf.path] for leaf in structure.leaves]
+
+
+def step_text(step: float) -> str:
+    """Return a step as part of a file's name."""
+    return str(int(step)) if step == int(step) else repr(step)
+
+
+def _read(path: str) -> tuple[Moment, Structure]:
+    with open_checkpoint(path) as checkpoint:
+        try:
+            position, step, before, given = json.loads(checkpoint.metadata[_KEY])
+            moment = Moment(int(position), float(step), float(before), bool(given))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointFormatError(
+                f"{path} is no model of a window, which are all that its folder may hold; choose "
+                "another folder",
+                path=path,
+            ) from None
+        specs = [checkpoint.spec(name) for name in checkpoint]
+        return moment, Structure(tuple(Leaf(s.name, s.shape, s.entry) for s in specs))

@@ -1,0 +1,120 @@
+"""An averager's saved state: a safetensors file of its numbers, and a text that tells the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import numpy.typing as npt
+
+from wavg import weights as schedules
+from wavg.dtypes import lookup
+from wavg.errors import CheckpointFormatError, OutputError, WavgError, WeightError
+from wavg.files import open_checkpoint, save
+from wavg.structure import Leaf, Structure
+from wavg.weights import Schedule
+
+__all__ = ["read", "structure_of", "text_of", "total_texts", "totals_of", "write"]
+
+Array = npt.NDArray[Any]
+
+_KEY, _VERSION = "wavg_state", 1
+_ENDING = ".safetensors"
+
+
+def write(
+    path: str,
+    structure: Structure,
+    header: Mapping[str, Any],
+    packed: Mapping[str, Array],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a state; it appears under its name when complete."""
+    if not path.endswith(_ENDING):
+        raise OutputError(f"{path}: a state is a safetensors file; end its name {_ENDING}")
+    leaves = [[leaf.path, leaf.format.name, leaf.shape] for leaf in structure.leaves]
+    text = json.dumps({"v": _VERSION, **header, "leaves": leaves}, separators=(",", ":"))
+    save(path, packed, metadata={_KEY: text}, overwrite=overwrite)
+
+
+@contextmanager
+def read(path: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
+    """Yield what was written, to be taken up in the ``with`` block.
+
+    Raises
+    ------
+    CheckpointFormatError
+        The file holds no such state, or the block finds that it lacks something.
+    """
+    with open_checkpoint(path) as checkpoint:
+        text = checkpoint.metadata.get(_KEY)
+        if text is None:
+            raise CheckpointFormatError(
+                f"{path} is not the saved state of a StreamingAverager", path=path
+            )
+        try:
+            header = json.loads(text)
+            if header["v"] != _VERSION:
+                raise ValueError(f"it is of version {header['v']}, later than this wavg knows")
+            packed = {name: tensor.read() for name, tensor in checkpoint.items()}
+            checkpoint.verify_unchanged()
+            yield header, packed
+            if packed:
+                raise ValueError(f"{next(iter(packed))!r} has no place in it")
+        except CheckpointFormatError:
+            raise
+        except (WavgError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CheckpointFormatError(
+                f"{path}: not a sound state of a StreamingAverager: {error}", path=path
+            ) from None
+
+
+def structure_of(header: Mapping[str, Any]) -> Structure:
+    """Return the leaves that a header tells; the next model tells the tree."""
+    leaves = (
+        Leaf(str(path), tuple(map(int, shape)), lookup(name))
+        for path, name, shape in header["leaves"]
+    )
+    return Structure(tuple(leaves))
+
+
+def text_of(rule: Schedule) -> str:
+    """Return a schedule's text, by which it can be had again.
+
+    Raises
+    ------
+    WeightError
+        There is none: it was made by hand.
+    """
+    try:
+        again = schedules.parse(rule.text)
+    except WeightError:
+        again = None
+    if again is None or again.text != rule.text or (again.update is None) != (rule.update is None):
+        raise WeightError(
+            f"weights {rule} are a schedule of your own, which a file cannot hold; "
+            "average with one that has a text form, or keep the models"
+        )
+    return rule.text
+
+
+def total_texts(totals: Sequence[Fraction | float]) -> list[str]:
+    """Return exact texts: ``5050`` or ``1/3`` of an exact total, ``0x1.8p+1`` of a rounded one.
+
+    >>> total_texts([Fraction(3), 3.0])
+    ['3', '0x1.8000000000000p+1']
+    """
+    return [str(total) if isinstance(total, Fraction) else total.hex() for total in totals]
+
+
+def totals_of(texts: Sequence[str]) -> list[Fraction | float]:
+    """Read what `total_texts` wrote.
+
+    >>> totals_of(["3", "0x1.8p+1"])
+    [Fraction(3, 1), 3.0]
+    """
+    return [float.fromhex(text) if "x" in text else Fraction(text) for text in texts]

@@ -1,0 +1,500 @@
+"""Several averages, steps, windows, and a state that outlives the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import averager_run
+import strategies
+import wavg
+from trees import Pair, assert_same_tree
+from wavg import weights
+from wavg.dtypes import lookup
+from wavg.errors import (
+    CheckpointFormatError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+    StructureMismatchError,
+    WavgError,
+    WeightError,
+)
+
+BY_STEPS = wavg.Schedule(  # an EMA over uneven gaps, as the schedules of steps are
+    "own",
+    lambda steps: np.exp(-(steps[-1] - steps) / 100),
+    lambda position, step, before: (np.exp(-(step - before) / 100), 1.0),
+)
+
+
+def models(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "layers": [Pair(rng.standard_normal((3, 4)).astype("f4"), None)],
+            "double": rng.standard_normal(5),
+            "half": rng.standard_normal(7).astype(lookup("bfloat16").numpy),
+            "phase": (rng.standard_normal(2) + 1j).astype("c8"),
+            "count": np.int64(i),
+        }
+        for i in range(count)
+    ]
+
+
+def averager_of(items, weights="linear", steps=None, **options):
+    averager = wavg.StreamingAverager(weights, **options)
+    for item, step in zip(items, steps or [None] * len(items), strict=True):
+        averager.update(item, step)
+    return averager
+
+
+# Steps
+
+
+def test_steps_reach_the_schedule():
+    steps = [10, 20, 250, 1000.5]
+    rows = [np.float64([i, 2.0 * i * i]) for i in range(4)]
+    ours = averager_of(rows, BY_STEPS, steps)
+    np.testing.assert_allclose(ours.result(), wavg.average(rows, BY_STEPS, steps=steps))
+    assert (ours.count, ours.step) == (4, 1000.5)
+
+
+def test_without_steps_they_are_the_models_numbers():
+    seen = []
+    rule = wavg.Schedule("own", lambda steps: steps, lambda *where: seen.append(where) or (1, 1))
+    averager = wavg.StreamingAverager(rule)
+    assert (averager.count, averager.step) == (0, None)
+    averager.update(np.float32(1))
+    seen.clear()
+    for _ in range(2):
+        averager.update(np.float32(1))
+    assert seen == [(2, 2.0, 1.0), (3, 3.0, 2.0)]
+    assert averager.step == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}])
+def test_steps_increase_or_are_refused(options):
+    averager = averager_of(models(2), steps=[5, 9], **options)
+    before = averager.result()
+    for step in (9, 3, np.nan, np.inf):
+        with pytest.raises(WeightError, match="steps must increase"):
+            averager.update(models(1)[0], step)
+    with pytest.raises(WeightError, match="for every model or for none, and those before had one"):
+        averager.update(models(1)[0])
+    assert (averager.count, averager.step) == (2, 9)
+    assert_same_tree(averager.result(), before)
+    averager = averager_of(models(1))
+    with pytest.raises(WeightError, match="those before had none"):
+        averager.update(models(1)[0], 7)
+    with pytest.raises(WeightError, match="a step must be a finite number, not nan"):
+        wavg.StreamingAverager().update(models(1)[0], np.nan)
+
+
+# Every schedule
+
+STREAMING = [text for text in weights.KNOWN if weights.parse(text).update is not None] + [
+    "ema:decay=0.9,debias=false",
+    "ema:decay=0.99,per=step",
+    "ema:decay=0.99,warmup=ratio",
+    "ema:decay=0.99,warmup=power",
+    "power_ema:gamma=6.94",
+]
+
+
+@pytest.mark.parametrize("text", STREAMING)
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_every_schedule_that_streams_gives_what_it_gives_all_at_once(text, precision, tmp_path):
+    steps = [10.0, 20.0, 50.0, 80.0, 300.0, 301.0, 1000.0]
+    rows = [row + np.float32(2) for row in np.random.default_rng(0).random((7, 40), np.float32)]
+    averager = wavg.StreamingAverager(text, precision=precision)
+    for count, (row, step) in enumerate(zip(rows, steps, strict=True), start=1):
+        averager.update([row], step)
+        if count == 4:
+            averager.save(tmp_path / "state.safetensors")
+            averager = wavg.StreamingAverager.load(tmp_path / "state.safetensors")
+        right = wavg.average(rows[:count], text, steps=steps[:count])
+        ours = averager.result()
+        (ours,) = ours.values() if isinstance(ours, dict) else ours
+        ulps = 1 if precision == "float64" else count + 2
+        np.testing.assert_array_max_ulp(ours, right, maxulp=ulps)
+
+
+def test_the_list_of_streaming_schedules_is_not_cut_short():
+    names = {text.partition(":")[0] for text in STREAMING}
+    assert names >= {"equal", "linear", "exponential", "polynomial", "ema", "power_ema"}
+
+
+def test_snapshots_of_two_widths_give_a_third_post_hoc(tmp_path):
+    tracked = ["power_ema:sigma_rel=0.05", "power_ema:sigma_rel=0.1"]
+    averager = wavg.StreamingAverager([*tracked, "power_ema:sigma_rel=0.08"])
+    rng, model = np.random.default_rng(0), np.zeros(50)
+    for step in range(1, 401):
+        model = model + rng.standard_normal(50) / 10  # a random walk, as weights take
+        averager.update({"w": model.astype(np.float32)}, step)
+        if step % 25 == 0:
+            for which in range(2):
+                name = f"width{which}_step{step}.safetensors"
+                averager.save_average(tmp_path / name, which)
+    ours = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.08")["w"]
+    right = averager.result()[2]["w"]
+    scale = np.abs(right - averager.result()[0]["w"]).max()
+    assert np.abs(ours - right).max() < scale / 20
+
+
+# Several averages
+
+
+def test_several_averages_are_those_of_one_averager_each():
+    rules = ["equal", "linear", "exponential:alpha=1", BY_STEPS]
+    several = averager_of(models(5), rules)
+    assert_same_tree(several.result(), [averager_of(models(5), rule).result() for rule in rules])
+    assert repr(several) == (
+        "StreamingAverager(['equal', 'linear', 'exponential:alpha=1', 'own'], count=5)"
+    )
+
+
+def test_a_list_of_one_gives_a_list():
+    assert averager_of([np.float32(2)], ["equal"]).result() == [2]
+
+
+def test_one_of_several_that_does_not_stream_is_refused():
+    with pytest.raises(WeightError, match=r"weights 1,2 need to know how many .* window=n"):
+        wavg.StreamingAverager(["equal", "1,2"])
+
+
+# Windows
+
+
+@pytest.fixture(params=["memory", "folder"])
+def keep(request, tmp_path):
+    return {} if request.param == "memory" else {"folder": tmp_path / "window"}
+
+
+@pytest.mark.parametrize("weights", ["equal", "linear", "exponential:alpha=2", BY_STEPS])
+def test_a_window_is_the_average_of_the_last_n(keep, weights):
+    averager = wavg.StreamingAverager(weights, window=3, **keep)
+    items, steps = models(7), [10.0 * i * i + 5 for i in range(7)]
+    for count, (item, step) in enumerate(zip(items, steps, strict=True), start=1):
+        averager.update(item, step)
+        last = slice(max(0, count - 3), count)
+        assert_same_tree(averager.result(), wavg.average(items[last], weights, steps=steps[last]))
+    assert averager.count == 7
+
+
+def test_a_window_takes_schedules_that_do_not_stream_and_several(keep):
+    averager = averager_of(models(4), [[1, 2, 5], "equal"], window=3, **keep)
+    last = models(4)[1:]
+    assert_same_tree(averager.result(), [wavg.average(last, [1, 2, 5]), wavg.average(last)])
+
+
+def test_a_window_refuses_nan_at_the_update_and_stays(keep):
+    averager = averager_of(models(4), window=2, **keep)
+    before = averager.result()
+    bad = {**models(1)[0], "double": np.array([1, 2, np.nan, 4, 5])}
+    with pytest.raises(NonFiniteError, match=r"double holds NaN or infinity, first at \[2\]"):
+        averager.update(bad)
+    assert averager.count == 4
+    assert_same_tree(averager.result(), before)
+
+
+def test_a_windows_arrays_are_copies():
+    array = np.ones(3, np.float32)
+    averager = averager_of([array], window=2)
+    array[...] = 7
+    assert averager.result().tolist() == [1, 1, 1]
+
+
+def test_a_folder_holds_the_last_n_and_is_taken_up_again(tmp_path):
+    steps = [100.0, 200.0, 300.5, 400.0]
+    averager_of(models(4), "linear", steps, window=2, folder=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["model_300.5.safetensors", "model_400.safetensors"]
+    again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
+    assert (again.count, again.step) == (4, 400)
+    right = wavg.average(models(4)[2:], "linear")
+    by_path = again.result()
+    assert list(by_path) == ["layers[0].left", "double", "half", "phase", "count"]
+    assert_same_tree(by_path["double"], right["double"])
+    with pytest.raises(StructureMismatchError, match=r"layers\[0\].left: not in the model"):
+        again.update({"double": 1.0}, 500)
+    again.update(models(5)[4], 500)
+    assert sorted(os.listdir(tmp_path)) == ["model_400.safetensors", "model_500.safetensors"]
+    assert_same_tree(again.result(), wavg.average(models(5)[3:], "linear"))
+    files = wavg.average_checkpoints(tmp_path, weights="linear")
+    assert_same_tree(files["half"], again.result()["half"])
+
+
+def test_a_folder_that_was_left_between_writing_and_removing_is_in_order(tmp_path):
+    averager_of(models(4), window=3, folder=tmp_path)  # 2, 3, 4
+    again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
+    assert_same_tree(again.result()["half"], wavg.average(models(4)[2:], "linear")["half"])
+    again.update(models(5)[4])
+    assert sorted(os.listdir(tmp_path)) == ["model_4.safetensors", "model_5.safetensors"]
+
+
+def test_a_folder_with_other_checkpoints_is_refused(tmp_path):
+    wavg.save(tmp_path / "model_3.safetensors", {"w": np.ones(2)})
+    with pytest.raises(CheckpointFormatError, match="is no model of a window"):
+        wavg.StreamingAverager(window=2, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"window": 0}, "positive number of models, not 0"), ({"folder": "x"}, "give window=n")],
+)
+def test_a_window_that_makes_no_sense_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        wavg.StreamingAverager(**options)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}])
+def test_an_update_that_was_interrupted_is_not_passed_over(options, monkeypatch, tmp_path):
+    averager = averager_of(models(2), **options)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "copyto", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            averager.update(models(3)[2])
+    for use in (
+        averager.result,
+        lambda: averager.update(models(3)[2]),
+        lambda: averager.save(tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(WavgError, match="interrupted half-way"):
+            use()
+
+
+# Saved states
+
+WAYS = [
+    {"weights": "equal"},
+    {"weights": "linear"},
+    {"weights": "exponential:alpha=3"},
+    {"weights": "linear", "precision": "float32"},
+    {"weights": ["equal", "exponential:alpha=2"]},
+    {"weights": "linear", "window": 3},
+    {"weights": ["0.5,0.25,0.25"], "window": 3},
+    {"weights": "linear", "allow_nonfinite": True},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("steps", [None, [3.0, 7.5, 20.0, 1e6, 1e7]])
+def test_a_loaded_state_goes_on_to_the_same_bytes(way, steps, tmp_path):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    whole = averager_of(models(5), steps=steps, **way)
+    part = averager_of(models(3), steps=steps and steps[:3], **way)
+    part.save(first)
+    again = wavg.StreamingAverager.load(first)
+    assert repr(again) == repr(part)
+    again.save(second)
+    assert first.read_bytes() == second.read_bytes()
+    for number in (3, 4):
+        again.update(models(5)[number], steps and steps[number])
+    assert_same_tree(again.result(), whole.result())
+    whole.save(first)
+    again.save(second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOATS)
+@settings(deadline=None, max_examples=4)
+@given(data=st.data())
+def test_a_state_keeps_every_bit_of_hard_sums(dtype, data, tmp_path_factory):
+    rows = data.draw(strategies.bit_patterns(dtype, 8 * 30, 200)).reshape(8, 30)
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    averager = wavg.StreamingAverager("linear")
+    for row in rows:
+        averager.update([row])
+        averager.save(path)
+        averager = wavg.StreamingAverager.load(path)
+    averager.update([rows[0]])
+    assert_same_tree(averager.result(), wavg.average([[row] for row in [*rows, rows[0]]], "linear"))
+
+
+def test_what_is_kept_aside_is_saved(tmp_path):
+    rows = np.ones((3, 70_000), np.float32)
+    rows[:2, [5, 60_000]] = [[1e30, 1e-38], [1e-8, 1e38]]
+    averager = averager_of(list(rows[:2]))
+    averager.save(tmp_path / "a.safetensors")
+    names = list(wavg.load(tmp_path / "a.safetensors"))
+    assert names == ["sum0.0/", "places0/", "values0/"]
+    again = wavg.StreamingAverager.load(tmp_path / "a.safetensors")
+    again.update(rows[2])
+    assert_same_tree(again.result(), wavg.average(list(rows), "linear"))
+
+
+def test_a_loaded_state_gives_arrays_by_path_until_a_model_shows_the_structure(tmp_path):
+    path = tmp_path / "a.safetensors"
+    averager_of(models(2)).save(path)
+    again = wavg.StreamingAverager.load(path)
+    right = averager_of(models(2)).result()
+    assert_same_tree(again.result(), dict(wavg.tree.leaves(right)))
+    bad = {**models(1)[0], "half": np.float32(1)}
+    with pytest.raises(StructureMismatchError, match=r"half: float32\[\], not bfloat16\[7\]"):
+        again.update(bad)
+    with pytest.raises(StructureMismatchError, match="other: only in the model"):
+        again.update({**models(1)[0], "other": 1})
+    assert isinstance(again.result(), dict)
+    turned = dict(reversed(models(3)[2].items()))  # the same leaves, in another order
+    again.update(turned)
+    result = again.result()
+    assert list(result) == list(turned)
+    right = averager_of(models(3)).result()
+    assert_same_tree({key: result[key] for key in right}, right)
+
+
+def test_the_reference_loader_opens_a_state(tmp_path):
+    averager_of(models(2)).save(tmp_path / "a.safetensors")
+    averager_of([np.float32([1, 2])]).save(tmp_path / "b.safetensors")
+    for name in "ab":
+        path = tmp_path / f"{name}.safetensors"
+        right = wavg.load(path)
+        assert safetensors.numpy.load_file(path).keys() == right.keys()
+
+
+def test_saving_replaces_unless_told_not_to(tmp_path):
+    path = tmp_path / "a.safetensors"
+    averager = averager_of(models(1))
+    averager.save(path)
+    with pytest.raises(OutputExistsError):
+        averager.save(path, overwrite=False)
+    averager.update(models(2)[1])
+    averager.save(path)
+    assert wavg.StreamingAverager.load(path).count == 2
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(WeightError, match="no average yet"):
+        wavg.StreamingAverager().save(path)
+    with pytest.raises(WeightError, match="own are a schedule of your own"):
+        averager_of(models(1), BY_STEPS).save(path)
+    fake = wavg.Schedule("equal", lambda steps: steps)  # calls itself equal, and does not stream
+    with pytest.raises(WeightError, match="equal are a schedule of your own"):
+        averager_of(models(1), fake, window=1).save(path)
+    with pytest.raises(WavgError, match="two leaves of the model are called 'a/b'"):
+        averager_of([{"a/b": 1.0, "a": {"b": 2.0}}]).save(path)
+    with pytest.raises(OutputError, match=r"end its name \.safetensors"):
+        averager_of(models(1)).save(tmp_path / "a.npz")
+    with pytest.raises(OutputError, match="a window in a folder is kept there"):
+        averager_of(models(1), window=1, folder=tmp_path / "w").save(path)
+    assert os.listdir(tmp_path) == ["w"]
+
+
+def saved(tmp_path):
+    averager_of([{"w": np.ones(3), "n": 1}] * 2).save(tmp_path / "a.safetensors")
+    tensors = wavg.load(tmp_path / "a.safetensors")
+    with wavg.open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        return tensors, json.loads(checkpoint.metadata["wavg_state"])
+
+
+CHANGES = {
+    "a number lacks": (lambda t, h: t.pop("sum0.0/w"), "sum0.0/w"),
+    "a level lacks": (lambda t, h: t.pop("sum0.1/w"), "sum0.1/w"),
+    "an integer lacks": (lambda t, h: t.pop("newest/n"), "newest/n"),
+    "a shape is another": (lambda t, h: t.update({"sum0.0/w": np.ones(2)}), r"float64\[3\]"),
+    "a dtype is another": (lambda t, h: t.update({"newest/n": np.float32(1)}), r"int64\[\]"),
+    "a tensor too many": (lambda t, h: t.update(x=np.ones(1)), "'x' has no place in it"),
+    "a later version": (lambda t, h: h.update(v=2), "version 2, later than this wavg"),
+    "a total lacks": (lambda t, h: h.pop("totals"), "totals"),
+    "a total is no number": (lambda t, h: h.update(totals=["x"]), ""),
+    "too few totals": (lambda t, h: h.update(totals=[]), ""),
+    "an unknown precision": (lambda t, h: h.update(precision="f2"), "precision"),
+    "no last model": (lambda t, h: h.update(last=None), ""),
+    "an unknown dtype": (lambda t, h: h["leaves"][0].__setitem__(1, "f2"), "unknown dtype"),
+    "no table": (lambda t, h: h.update(leaves=3), ""),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), CHANGES.values(), ids=CHANGES)
+def test_a_state_that_is_not_sound_is_refused(change, match, tmp_path):
+    tensors, header = saved(tmp_path)
+    change(tensors, header)
+    path = tmp_path / "b.safetensors"
+    wavg.save(path, tensors, metadata={"wavg_state": json.dumps(header)})
+    with pytest.raises(CheckpointFormatError, match=f"b.safetensors: not a sound state.*{match}"):
+        wavg.StreamingAverager.load(path)
+
+
+def test_a_state_as_it_was_is_sound(tmp_path):
+    tensors, header = saved(tmp_path)
+    path = tmp_path / "b.safetensors"
+    wavg.save(path, tensors, metadata={"wavg_state": json.dumps(header)})
+    assert wavg.StreamingAverager.load(path).count == 2
+
+
+def test_a_checkpoint_is_no_state(tmp_path):
+    wavg.save(tmp_path / "a.safetensors", {"w": np.ones(2)})
+    with pytest.raises(CheckpointFormatError, match="is not the saved state of a Streaming"):
+        wavg.StreamingAverager.load(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError):
+        wavg.StreamingAverager.load(tmp_path / "none.safetensors")
+
+
+# The average as a checkpoint
+
+
+def test_a_saved_average_says_what_it_is(tmp_path):
+    averager = averager_of(models(4), ["equal", "exponential:alpha=2"], [10, 20, 30, 40])
+    averager.save_average(tmp_path / "a.safetensors", 1)
+    with wavg.open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        record = json.loads(checkpoint.metadata["wavg"])
+    assert record == {
+        "v": 1,
+        "wavg": wavg.__version__,
+        "weights": "exponential:alpha=2",
+        "step": 40,
+        "count": 4,
+    }
+    expected = dict(wavg.tree.leaves(averager.result()[1]))
+    assert_same_tree(wavg.load(tmp_path / "a.safetensors"), expected)
+    with pytest.raises(OutputExistsError):
+        averager.save_average(tmp_path / "a.safetensors")
+    averager_of(models(4)[:1] * 4, window=3).save_average(
+        tmp_path / "a.safetensors", overwrite=True
+    )
+    with wavg.open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        assert json.loads(checkpoint.metadata["wavg"])["count"] == 3
+    averager_of([{"w": np.ones(2)}]).save_average(tmp_path / "a.npz")
+    assert wavg.load(tmp_path / "a.npz")["w"].tolist() == [1, 1]
+
+
+# Killed and resumed
+
+
+def run(folder, kill=(), weights="linear;exponential:alpha=3", updates=6):
+    folder.mkdir(exist_ok=True)
+    script = Path(averager_run.__file__)
+    command = [sys.executable, str(script), str(folder), weights, str(updates), *kill]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == (-9 if kill else 0), done.stderr
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_run_that_is_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    uninterrupted = run(tmp_path / "whole")
+    for kill in ("2:write", "3", "5:commit", "6:after"):  # in a save, and between update and save
+        run(tmp_path / "killed", [kill])
+    assert run(tmp_path / "killed") == uninterrupted
+    assert len(uninterrupted) == 3
+    assert not [name for name in os.listdir(tmp_path / "killed") if "tmp" in name]
+    right = wavg.average([averager_run.model(step) for step in range(1, 7)], "linear")
+    average = wavg.load(tmp_path / "killed" / "average0.safetensors")
+    assert_same_tree(average, dict(wavg.tree.leaves(right)))
