@@ -15,11 +15,17 @@ os.environ["KERAS_BACKEND"] = "jax"
 PAGE = Path(__file__).parent.parent / "docs" / "streaming.md"
 SECTIONS = re.split(r"^(?=## )", PAGE.read_text("utf-8"), flags=re.MULTILINE)
 FRAMEWORKS = {"Keras": ["keras"], "PyTorch": ["torch"], "JAX and optax": ["jax", "optax"]}
-EVERYDAY = {"Keras"}
 
 
 def title(section):
     return section.partition("\n")[0].removeprefix("## ")
+
+
+def marks(section):
+    """Keras is there in every test environment, and takes some seconds to train."""
+    if title(section) == "Keras":
+        return pytest.mark.slow
+    return pytest.mark.frameworks if title(section) in FRAMEWORKS else ()
 
 
 @pytest.mark.parametrize(
@@ -28,7 +34,7 @@ def title(section):
         pytest.param(
             section,
             id=title(section),
-            marks=pytest.mark.frameworks if title(section) in FRAMEWORKS.keys() - EVERYDAY else (),
+            marks=marks(section),
         )
         for section in SECTIONS
         if "```python" in section
