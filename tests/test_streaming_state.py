@@ -455,6 +455,7 @@ def test_a_saved_average_says_what_it_is(tmp_path):
     averager = averager_of(models(4), ["equal", "exponential:alpha=2"], [10, 20, 30, 40])
     averager.save_average(tmp_path / "a.safetensors", 1)
     with wavg.open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        assert checkpoint.metadata["format"] == "pt"
         record = json.loads(checkpoint.metadata["wavg"])
     assert record == {
         "v": 1,

@@ -250,7 +250,9 @@ class StreamingAverager:
         count = self.count if self._window is None else min(self.count, self._window)
         record = Record(str(self._rules[which]), self._last.step, (), count)
         target = os.fspath(path)
-        metadata = {KEY: record.text()} if target.endswith(".safetensors") else {}
+        metadata: dict[str, str] = {}
+        if target.endswith(".safetensors"):  # with the format that loaders insist on
+            metadata = {"format": "pt", KEY: record.text()}
         save(target, tensors, metadata=metadata, overwrite=overwrite)
 
     def __repr__(self) -> str:
