@@ -136,23 +136,15 @@ class Journal:
 
     def _read(self, path: str, entries: list[Any]) -> None:
         begun: str | None = None
-        for number, entry in enumerate(entries[1:], start=2):
-            try:
-                if "begun" in entry:
-                    begun = entry["begun"]
-                elif "stopped" in entry:
-                    begun = None
-                else:
-                    examples = entry.get("examples")
-                    self.outcomes[entry["done"]] = Outcome(
-                        entry["score"],
-                        entry.get("error", ""),
-                        None if examples is None else np.array(examples, np.float64),
-                        entry["seconds"],
-                    )
-                    begun = None
-            except (TypeError, KeyError, ValueError):
-                raise _no_journal(path, number) from None
+        line = 1
+        try:
+            for entry in entries[1:]:
+                line += 1
+                begun = entry.get("begun")
+                if "done" in entry:
+                    self.outcomes[entry["done"]] = _outcome(entry)
+        except (AttributeError, TypeError, KeyError, ValueError):
+            raise _no_journal(path, line) from None
         if begun is not None:
             self.end(begun, Outcome(None, "killed: the process ended during this evaluation"))
 
@@ -160,6 +152,16 @@ class Journal:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+
+def _outcome(entry: Mapping[str, Any]) -> Outcome:
+    examples = entry.get("examples")
+    return Outcome(
+        entry["score"],
+        entry.get("error", ""),
+        None if examples is None else np.array(examples, np.float64),
+        entry["seconds"],
+    )
 
 
 def _no_journal(path: str, line: int) -> WavgError:

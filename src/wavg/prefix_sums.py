@@ -48,7 +48,7 @@ class PrefixSums:
     def __init__(self, plan: Plan, most: int, *, on_disk: bool) -> None:
         self._plan, self._kept = plan, 0
         self._length = elements(plan)
-        self._file = tempfile.TemporaryFile() if on_disk and most else None
+        self._file = tempfile.TemporaryFile() if on_disk and most else None  # noqa: SIM115
         self._memory = np.empty((0 if on_disk else most, self._length))
         longest = max((_size(decision) for decision in plan.averaged), default=0)
         width = min(longest, plan.block)

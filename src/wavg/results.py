@@ -1,4 +1,4 @@
-"""What a sweep found: the scores, which is best, which are ties; as a table, CSV, JSON, a picture."""
+"""What a sweep found: scores, the best, ties; as a table, CSV, JSON, a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wavg.errors import MissingDependencyError, WavgError
+from wavg.errors import WavgError
 from wavg.evaluation import Outcome, standard_error
 from wavg.inputs import PathLike
 from wavg.scoring import better
@@ -156,6 +156,11 @@ class Sweep:
         """The best checkpoint alone; of equal scores the newest."""
         return self._first(self.singles)
 
+    @property
+    def schedules(self) -> list[str]:
+        """The averages' schedules, in the order asked for."""
+        return list(dict.fromkeys(score.weights for score in self.averages if score.weights))
+
     def _first(self, scores: Sequence[Score]) -> Score:
         position = best_of([Outcome(score.score) for score in scores], self.maximize)
         if position is None:
@@ -212,7 +217,9 @@ class Sweep:
         MissingDependencyError
             Matplotlib is not installed.
         """
-        _plot(self, os.fspath(path))
+        from wavg.pictures import draw
+
+        draw(self, os.fspath(path))
 
 
 def _written(text: str, path: PathLike | None) -> str:
@@ -242,14 +249,10 @@ def _records(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def _schedules(sweep: Sweep) -> list[str]:
-    return list(dict.fromkeys(score.weights for score in sweep.averages if score.weights))
-
-
 def _table(sweep: Sweep) -> Iterator[str]:
     """Yield a line for each n, what the marks mean, the best, and what failed."""
     scores = (*sweep.singles, *sweep.averages)
-    names = ["alone", *_schedules(sweep)]
+    names = ["alone", *sweep.schedules]
     cells = {(score.n, score.weights or "alone"): score for score in scores}
     best = best_of([Outcome(score.score) for score in sweep.averages], sweep.maximize)
     chosen = None if best is None else sweep.averages[best]
@@ -277,10 +280,9 @@ def _table(sweep: Sweep) -> Iterator[str]:
         yield "* no average could be scored"
         return
     yield f"* best average: {chosen}"
-    single = sweep.best_single.score if any(s.score is not None for s in sweep.singles) else None
-    if single is not None and chosen.score is not None:
-        if better(single, chosen.score, sweep.maximize):
-            yield f"  a checkpoint alone scores better: {sweep.best_single}"
+    alone = best_of([Outcome(score.score) for score in (chosen, *sweep.singles)], sweep.maximize)
+    if alone:
+        yield f"  a checkpoint alone scores better: {sweep.singles[alone - 1]}"
 
 
 _MOST_FAILURES = 10
@@ -299,64 +301,3 @@ def _nth(n: int) -> str:
         return "the newest"
     ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10 if n % 100 not in (11, 12, 13) else 0, "th")
     return f"the {n}{ending} newest"
-
-
-def _plot(sweep: Sweep, path: str) -> None:
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise MissingDependencyError(
-            "a picture needs matplotlib: `pip install matplotlib`, or leave the plot out"
-        ) from None
-    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-
-    def points(scores: Sequence[Score]) -> tuple[list[int], list[float]]:
-        return (
-            [score.n for score in scores],
-            [math.nan if score.score is None else score.score for score in scores],
-        )
-
-    axes.plot(*points(sweep.singles), "o", color="0.6", label="n-th newest alone", zorder=2)
-    names = _schedules(sweep)
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    if len(names) <= 8:
-        colors = mpl.colormaps["tab10"](range(len(names)))
-    styles = ("-", "--", "-.", ":")
-    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
-        line = [score for score in sweep.averages if score.weights == name]
-        axes.plot(
-            *points(line),
-            styles[number % 4],
-            color=color,
-            linewidth=2,
-            marker="." if len(line) <= 30 else None,
-            label=f"average, {name}",
-        )
-    best = sweep.best
-    axes.errorbar(
-        best.n,
-        best.score,
-        yerr=best.standard_error,
-        fmt="*",
-        markersize=15,
-        color="black",
-        markerfacecolor="gold",
-        capsize=4,
-        zorder=5,
-        label=f"best: {best.score:.5g}, newest {best.n}",
-    )
-    axes.set_xlabel("n, newest checkpoint first")
-    axes.set_ylabel("score" + (" (higher is better)" if sweep.maximize else " (lower is better)"))
-    axes.set_title("The n-th newest checkpoint alone, and the average of the newest n")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    if len(names) <= 4:
-        axes.legend()
-    else:
-        figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path)

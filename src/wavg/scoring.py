@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from wavg.checkpoint import Checkpoint
 from wavg.evaluation import Command, Function, Outcome
 from wavg.journal import Journal
 
-__all__ = ["Scorer", "better", "resumable"]
+__all__ = ["Scorer", "better", "described", "resumable"]
+
+_TELLING = ("dtype", "include", "exclude", "align", "allow_nonfinite", "opaque_dtype")
 
 
 def better(score: float, other: float, maximize: bool) -> bool:
@@ -52,7 +56,6 @@ class Scorer:
         self._evaluator, self._journal, self._maximize = evaluator, journal, maximize
         self._best: tuple[float, str] | None = None
         self._bar: Any = None
-        self.count = 0
         for key, outcome in journal.outcomes.items():
             self._compare(key, outcome)
         if progress and sys.stderr.isatty():
@@ -73,6 +76,11 @@ class Scorer:
         if self._bar is not None:
             self._bar.close()
 
+    @property
+    def done(self) -> int:
+        """How many evaluations there have been, those of the journal included."""
+        return len(self._journal.outcomes)
+
     def pending(self, key: str) -> bool:
         """Whether this evaluation has still to be done."""
         return key not in self._journal.outcomes
@@ -89,7 +97,6 @@ class Scorer:
         except KeyboardInterrupt:
             self._journal.stop(key)
             raise
-        self.count += 1
         self._end(key, outcome)
         return outcome
 
@@ -130,3 +137,22 @@ def resumable(journal: str | None) -> Iterator[None]:
         raise KeyboardInterrupt(told) from None
 
 
+def described(
+    evaluator: Function | Command,
+    maximize: bool,
+    steps: Sequence[float],
+    checkpoints: Iterable[Checkpoint],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a journal tells two series of evaluations apart by."""
+    return {
+        "evaluate": evaluator.text,
+        "maximize": maximize,
+        "steps": list(steps),
+        "inputs": [
+            [os.path.realpath(identity.path), identity.size, identity.mtime_ns]
+            for checkpoint in checkpoints
+            for identity in checkpoint.index.files
+        ],
+        "options": {name: options[name] for name in _TELLING},
+    }

@@ -1,13 +1,11 @@
-"""Which average is best: the scores of the newest n checkpoints averaged, n = 1 … N, by experiment."""
+"""Which average is best: an experiment, with the newest n checkpoints for n = 1 … N."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,26 +13,21 @@ import numpy.typing as npt
 
 from wavg import outputs
 from wavg import weights as schedules
-from wavg.checkpoint import Checkpoint
-from wavg.errors import NonFiniteError, WeightError
-from wavg.evaluation import Command, Evaluate, Function, evaluator_of
+from wavg.errors import WeightError
+from wavg.evaluation import Evaluate, evaluator_of
 from wavg.files import average_checkpoints, plan_average
-from wavg.formats import is_checkpoint_name
-from wavg.formats.folders import checkpoint_in
 from wavg.grid import Grid, select
 from wavg.inputs import PathLike
 from wavg.journal import Journal
-from wavg.opening import opened, verify_checksums
-from wavg.plan import Decision, Plan, parse_size
-from wavg.prefixes import Step, most_sums, passes, programme
+from wavg.plan import parse_size
+from wavg.prefixes import most_sums, passes, programme
 from wavg.results import Score, Sweep, best_of
-from wavg.scoring import Scorer, resumable
-from wavg.sinks import MemorySink
-from wavg.prefix_sums import PrefixSums, elements
+from wavg.scoring import Scorer, described, resumable
+from wavg.subjects import Subjects
+from wavg.prefix_sums import elements
 
 __all__ = ["sweep"]
 
-Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]
 
 _SUMS = 4  # kept at once unless more are allowed
@@ -150,28 +143,28 @@ def sweep(
         plan_average(paths, output, steps=numbers, sort=False, max_memory=_ENOUGH, **options)
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
     cells = _cells(grid.rules, numbers, plain=dtype is None)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(resumable(None if journal is None else os.fspath(journal)))
-        target = None
-        if evaluator.takes_files:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="wavg-sweep-"))
-            target = _target(folder, paths[-1], inputs)
-        plan = plan_average(
-            paths, target, steps=numbers, sort=False, max_memory=_ENOUGH, **options
-        )
-        checkpoints = stack.enter_context(opened(paths, opaque_dtype, isolate))
-        record = stack.enter_context(
-            Journal(
-                None if journal is None else os.fspath(journal),
-                _series(evaluator, maximize, grid, numbers, checkpoints, options),
-            )
-        )
-        total = len(paths) + sum(cell.key == cell.same for cell in cells)
-        scorer = stack.enter_context(
-            Scorer(evaluator, record, maximize=maximize, total=total, progress=progress)
-        )
-        work = _Work(plan, checkpoints, scorer, inputs, target)
-        work.run(cells, max_memory)
+    place = None if journal is None else os.fspath(journal)
+    files = evaluator.takes_files
+    with (
+        resumable(place),
+        Subjects(paths, numbers, inputs, options, files=files) as subjects,
+        Journal(
+            place,
+            {
+                "series": "sweep",
+                "weights": list(map(str, grid.rules)),
+                **described(evaluator, maximize, numbers, subjects.checkpoints, options),
+            },
+        ) as record,
+        Scorer(
+            evaluator,
+            record,
+            maximize=maximize,
+            total=len(paths) + sum(cell.key == cell.same for cell in cells),
+            progress=progress,
+        ) as scorer,
+    ):
+        rounds, sums = _score(cells, subjects, scorer, max_memory)
     outcomes = [record.outcomes[cell.same] for cell in cells]
     best = best_of(outcomes, maximize)
     chosen = None if best is None else outcomes[best]
@@ -187,9 +180,9 @@ def sweep(
             Score.of(cell.n, str(cell.rule), outcome, chosen)
             for cell, outcome in zip(cells, outcomes, strict=True)
         ),
-        work.bytes_read,
-        work.passes,
-        work.sums,
+        subjects.bytes_read,
+        rounds,
+        sums,
     )
     if output is not None and best is not None:
         cell = cells[best]
@@ -260,216 +253,37 @@ def _total(row: F64) -> float:
     return total
 
 
-def _target(folder: str, newest: str, inputs: PathLike | Iterable[PathLike]) -> str:
-    """Return the path of an average for a command, named like the newest checkpoint."""
-    whole = _whole(newest, inputs)
-    name = os.path.basename(os.path.abspath(whole))
-    return os.path.join(folder, name, "") if os.path.isdir(whole) else os.path.join(folder, name)
-
-
-def _whole(path: str, inputs: PathLike | Iterable[PathLike]) -> str:
-    """Return the folder that a checkpoint is, if it was not given as a file."""
-    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
-    if any(is_checkpoint_name(os.fspath(name)) for name in given):
-        return path
-    folder = os.path.dirname(os.path.abspath(path))
-    found = checkpoint_in(folder)
-    return folder if found and os.path.samefile(found, path) else path
-
-
-def _series(
-    evaluator: Function | Command,
-    maximize: bool,
-    grid: Grid,
-    steps: Sequence[float],
-    checkpoints: Sequence[Checkpoint],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return what a journal tells two sweeps apart by."""
-    return {
-        "series": "sweep",
-        "evaluate": evaluator.text,
-        "maximize": maximize,
-        "weights": [str(rule) for rule in grid.rules],
-        "steps": list(steps),
-        "inputs": [
-            [os.path.realpath(identity.path), identity.size, identity.mtime_ns]
-            for checkpoint in checkpoints
-            for identity in checkpoint.index.files
-        ],
-        "options": {
-            name: options[name]
-            for name in ("dtype", "include", "exclude", "align", "allow_nonfinite", "opaque_dtype")
-        },
-    }
-
-
-class _Work:
-    """Goes through the checkpoints, newest first, and has scored what ends with each."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        checkpoints: Sequence[Checkpoint],
-        scorer: Scorer,
-        inputs: PathLike | Iterable[PathLike],
-        target: str | None,
-    ) -> None:
-        self._plan, self._checkpoints, self._scorer = plan, checkpoints, scorer
-        self._inputs, self._target = inputs, target
-        self._carried: dict[str, Array] | None = None
-        self.bytes_read = self.passes = self.sums = 0
-
-    def run(self, cells: Sequence[_Cell], max_memory: int | str | None) -> None:
-        pending = [c for c in cells if c.key == c.same and self._scorer.pending(c.key)]
-        singles = [n for n in range(1, len(self._checkpoints) + 1) if self._waits(n)]
-        if not pending and not singles:
-            return
-        verify_checksums(self._checkpoints, self._plan.workers)
-        for checkpoint in self._checkpoints:
-            self.bytes_read += sum(c.extent.length for c in checkpoint.index.checksums)
-        size = 8 * elements(self._plan)
-        allowed = max(_FREE_BYTES, _SUMS * size) if max_memory is None else parse_size(max_memory)
-        groups = passes([cell.row for cell in pending], max(1, allowed // max(1, size)))
-        for group in groups:
-            self._pass([pending[position] for position in group])
-        if any(map(self._waits, singles)):
-            self._pass([])
-
-    def _waits(self, n: int) -> bool:
-        return self._scorer.pending(_alone(n))
-
-    def _pass(self, cells: Sequence[_Cell]) -> None:
-        """Score averages, and single checkpoints on the way."""
-        programmed = programme([cell.row for cell in cells])
-        most = most_sums(programmed)
-        self.sums = max(self.sums, most)
-        self.passes += 1
-        with PrefixSums(self._plan, most, on_disk=self._target is not None) as sums:
-            for n in range(1, len(self._checkpoints) + 1):
+def _score(
+    cells: Sequence[_Cell], subjects: Subjects, scorer: Scorer, max_memory: int | str | None
+) -> tuple[int, int]:
+    """Score what is left; return the passes over the checkpoints, and the sums kept at once."""
+    count = len(subjects.checkpoints)
+    pending = [cell for cell in cells if cell.key == cell.same and scorer.pending(cell.key)]
+    singles = [n for n in range(1, count + 1) if scorer.pending(_alone(n))]
+    size = max(1, 8 * elements(subjects.plan))
+    allowed = max(_FREE_BYTES, _SUMS * size) if max_memory is None else parse_size(max_memory)
+    groups = passes([cell.row for cell in pending], max(1, allowed // size))
+    if not groups and singles:
+        groups = [[]]
+    most = 0
+    for group in groups:
+        chosen = [pending[position] for position in group]
+        programmed = programme([cell.row for cell in chosen])
+        most = max(most, most_sums(programmed))
+        totals = {row: cell.total for row, cell in enumerate(chosen)}
+        last = max(singles, default=0) if group is groups[0] else 0
+        with subjects.sums(most_sums(programmed)) as sums:
+            for n in range(1, max(last, len(programmed)) + 1):
                 step = programmed[n - 1] if n <= len(programmed) else None
-                score = self._in_files if self._target is not None else self._in_memory
-                if step is not None or self._waits(n):
-                    score(n, step, sums, cells)
-
-    def _in_memory(
-        self, n: int, step: Step | None, sums: PrefixSums, cells: Sequence[_Cell]
-    ) -> None:
-        checkpoint, layout = self._checkpoints[-n], self._plan.layouts[-n]
-        flats: dict[str, Array] = {}
-        specs = list(checkpoint.index.tensors)
-        if not self._waits(n):
-            specs = [decision.sources[layout] for decision in self._plan.averaged]
-        for spec in specs:
-            flats[spec.name] = spec.empty()
-            checkpoint.read(spec, 0, flats[spec.name])
-            self.bytes_read += spec.nbytes
-        checkpoint.verify_unchanged()
-        sinks: dict[int, MemorySink] = {}
-        overflown: dict[int, str] = {}
-        if step is not None:
-
-            def read(decision: Decision, start: int, out: Array) -> None:
-                flat = flats[decision.sources[layout].name]
-                out[...] = flat[start : start + len(out)]
-
-            for row in step.ended:
-                sinks[row] = MemorySink(self._plan)
-                for name, values in self._carry().items():
-                    sinks[row].write(name, 0, values)
-            totals = {row: cells[row].total for row in step.ended}
-            overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
-        if self._waits(n):
-            single = {spec.name: spec.array(flats[spec.name]) for spec in specs}
-            flats.clear()
-            self._scorer.run(_alone(n), single)
-            del single
-        flats.clear()
-        for row in list(sinks):
-            arrays = sinks.pop(row).arrays()
-            self._score(cells[row], arrays, overflown.get(row))
-
-    def _carry(self) -> dict[str, Array]:
-        """Return what is carried over from the newest; read once."""
-        if self._carried is None:
-            self._carried = {}
-            for decision in self._plan.carried:
-                flat = self._carried[decision.spec.name] = decision.spec.empty()
-                self._checkpoints[-1].read(decision.spec, 0, flat)
-                self.bytes_read += decision.spec.nbytes
-        return self._carried
-
-    def _in_files(
-        self, n: int, step: Step | None, sums: PrefixSums, cells: Sequence[_Cell]
-    ) -> None:
-        checkpoint, layout = self._checkpoints[-n], self._plan.layouts[-n]
-        if self._waits(n):
-            self._scorer.run(_alone(n), _whole(checkpoint.path, self._inputs))
-        if step is None:
-            return
-        with self._files(step.ended) as made:
-
-            def read(decision: Decision, start: int, out: Array) -> None:
-                checkpoint.read(decision.sources[layout], start, out)
-                self.bytes_read += out.nbytes
-
-            totals = {row: cells[row].total for row in step.ended}
-            sinks = {row: output.sink for row, (_, output) in made.items()}
-            overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
-            checkpoint.verify_unchanged()
-            for row, (_, output) in made.items():
-                self.bytes_read += sum(e.length for t in output.templates for e, _ in t.carry)
-                output.finish()
-                output.commit()
-            for row, (path, _) in made.items():
-                self._score(cells[row], path, overflown.get(row))
-
-    @contextlib.contextmanager
-    def _files(self, rows: Sequence[int]) -> Iterator[dict[int, tuple[str, outputs.Output]]]:
-        """Begin the files of averages, each in a folder of its own, and remove them at the end."""
-        assert self._target is not None  # that of a command
-        folder, name = os.path.split(self._target.rstrip("/"))
-        slash = self._target.endswith("/")
-        folders = [os.path.join(folder, str(row)) for row in rows]
-        try:
-            with contextlib.ExitStack() as stack:
-                made = {}
-                for row, place in zip(rows, folders, strict=True):
-                    os.mkdir(place)
-                    path = os.path.join(place, name)
-                    output = stack.enter_context(
-                        outputs.planned(
-                            self._plan,
-                            self._checkpoints[-1],
-                            path + "/" * slash,
-                            overwrite=False,
-                        )
-                    )
-                    made[row] = path, output
-                yield made
-        finally:
-            for place in folders:
-                shutil.rmtree(place, ignore_errors=True)
-
-    def _score(self, cell: _Cell, subject: Any, overflown: str | None) -> None:
-        if overflown is None:
-            self._scorer.run(cell.key, subject)
-        else:
-            self._scorer.fail(cell.key, f"the average of {overflown} does not fit its dtype")
-
-    def _located(self, checkpoint: Checkpoint, layout: int) -> Any:
-        """Return what makes the error of a number that is not finite; None if they are allowed."""
-        if self._plan.options.allow_nonfinite:
-            return None
-
-        def error(decision: Decision, index: tuple[int, ...], value: Any) -> NonFiniteError:
-            name = decision.sources[layout].name
-            return NonFiniteError(
-                f"{checkpoint.path}: {name}[{', '.join(map(str, index))}] is {value}; "
-                "allow_nonfinite=True (--allow-nonfinite) lets such values through",
-                path=checkpoint.path,
-                tensor=name,
-                index=index,
-            )
-
-        return error
+                alone = scorer.pending(_alone(n))
+                if step is None and not alone:
+                    continue
+                taken = subjects.take(count - n, sums, step, totals, alone=alone)
+                with contextlib.closing(taken):
+                    for row, model, problem in taken:
+                        key = _alone(n) if row is None else chosen[row].key
+                        if problem:
+                            scorer.fail(key, problem)
+                        else:
+                            scorer.run(key, model)
+    return len(groups), most
