@@ -10,9 +10,6 @@ import importlib
 import math
 import os
 import re
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -151,6 +148,8 @@ class Command:
     takes_files = True
 
     def __init__(self, text: str, timeout: float | None = None) -> None:
+        import shlex
+
         try:
             self._words = shlex.split(text)
         except ValueError as error:
@@ -179,6 +178,9 @@ class Command:
 
     def _run(self, words: list[str]) -> tuple[str, str]:
         """Return what it printed, and why it failed if it did."""
+        import signal
+        import subprocess  # with the two above half of what `import wavg` would cost
+
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -206,6 +208,8 @@ class Command:
 
 
 def _signal_name(number: int) -> str:
+    import signal
+
     try:
         return signal.Signals(number).name
     except ValueError:

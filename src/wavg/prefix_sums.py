@@ -7,10 +7,9 @@ the next model in, a block of the sums and of the averages that end here out.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +47,11 @@ class PrefixSums:
     def __init__(self, plan: Plan, most: int, *, on_disk: bool) -> None:
         self._plan, self._kept = plan, 0
         self._length = elements(plan)
-        self._file = tempfile.TemporaryFile() if on_disk and most else None  # noqa: SIM115
+        self._file: IO[bytes] | None = None
+        if on_disk and most:
+            import tempfile
+
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._memory = np.empty((0 if on_disk else most, self._length))
         longest = max((_size(decision) for decision in plan.averaged), default=0)
         width = min(longest, plan.block)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -88,6 +86,8 @@ class Subjects:
         self.bytes_read = 0
         with contextlib.ExitStack() as stack:
             if files:
+                import tempfile  # with shutil a tenth of `import wavg`
+
                 prefix = "wavg-scores-"
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
                 whole = self._whole(paths[-1])
@@ -226,6 +226,8 @@ class Subjects:
         self, rows: Sequence[int], reference: int
     ) -> Iterator[dict[int, tuple[str, outputs.Output]]]:
         """Begin the files of averages, each in a folder of its own, and remove them at the end."""
+        import shutil
+
         assert self._target is not None  # models are given as files
         target = self._target
         plan, checkpoint = self._plan_of(reference), self.checkpoints[reference]
