@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from wavg.errors import MissingDependencyError
+from wavg.errors import MissingDependencyError, OutputError
 from wavg.results import Score, Sweep
 
-__all__ = ["draw"]
+__all__ = ["draw", "require"]
 
 
-def draw(sweep: Sweep, path: str) -> None:
-    """Draw single scores as dots, averages as a line a schedule, and mark the best."""
+def require(path: str) -> None:
+    """Raise an error unless a picture can be drawn into such a file."""
     try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingDependencyError(
             "a picture needs matplotlib: `pip install matplotlib`, or leave the plot out"
         ) from None
+    ending = os.path.splitext(path)[1].lower().removeprefix(".")
+    if ending not in FigureCanvasBase.get_supported_filetypes():
+        raise OutputError(f"cannot draw {path}: end its name with .png, .svg or .pdf", path=path)
+
+
+def draw(sweep: Sweep, path: str) -> None:
+    """Draw single scores as dots, averages as a line a schedule, and mark the best."""
+    require(path)
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

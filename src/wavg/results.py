@@ -257,6 +257,7 @@ def _table(sweep: Sweep) -> Iterator[str]:
     best = best_of([Outcome(score.score) for score in sweep.averages], sweep.maximize)
     chosen = None if best is None else sweep.averages[best]
     widths = [max(len(name), 9) + 1 for name in names]
+    decimals = _decimals([score.score for score in scores if score.score is not None])
     direction = "higher" if sweep.maximize else "lower"
     yield f"score by {sweep.evaluate}, {direction} is better:"
     yield "of the n-th newest checkpoint alone, and of the average of the newest n by each schedule"
@@ -267,7 +268,7 @@ def _table(sweep: Sweep) -> Iterator[str]:
         line = f"{n:>4}  {sweep.steps[-n]:>8g}"
         for name, width in zip(names, widths, strict=True):
             score = cells.get((n, name))
-            line += f"  {_cell(score, score is chosen):>{width}}"
+            line += f"  {_cell(score, decimals, score is chosen):>{width}}"
         yield line.rstrip()
     if any(score.tie for score in scores):
         yield "~ within the standard error of the difference from the best: a tie with it"
@@ -288,12 +289,18 @@ def _table(sweep: Sweep) -> Iterator[str]:
 _MOST_FAILURES = 10
 
 
-def _cell(score: Score | None, best: bool) -> str:
+def _decimals(values: Sequence[float]) -> int:
+    """Return after how many decimals scores are cut, so that the largest has five digits."""
+    largest = max(map(abs, values), default=1.0)
+    return min(12, max(0, 4 - math.floor(math.log10(largest)))) if largest else 1
+
+
+def _cell(score: Score | None, decimals: int, best: bool) -> str:
     if score is None:
         return "- "
     if score.score is None:
         return "failed!"
-    return f"{score.score:.5g}" + ("*" if best else "~" if score.tie else " ")
+    return f"{score.score:.{decimals}f}" + ("*" if best else "~" if score.tie else " ")
 
 
 def _nth(n: int) -> str:
