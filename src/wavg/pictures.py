@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from wavg.errors import MissingDependencyError, OutputError
-from wavg.results import Score, Sweep
 
-__all__ = ["draw", "require"]
+__all__ = ["Points", "draw", "require"]
 
 
 def require(path: str) -> None:
@@ -27,61 +26,80 @@ def require(path: str) -> None:
         raise OutputError(f"cannot draw {path}: end its name with .png, .svg or .pdf", path=path)
 
 
-def draw(sweep: Sweep, path: str) -> None:
-    """Draw single scores as dots, averages as a line a schedule, and mark the best."""
+class Points(NamedTuple):
+    """Scores over n; one that is missing is NaN."""
+
+    counts: list[int]
+    scores: list[float]
+
+
+def draw(
+    path: str,
+    singles: Points,
+    averages: Mapping[str, Points],
+    best: tuple[int, float, float | None],
+    *,
+    maximize: bool,
+) -> None:
+    """Draw single scores as dots, averages as a line a schedule, and mark the best.
+
+    Parameters
+    ----------
+    path
+        The picture to write.
+    singles, averages
+        Scores of checkpoints alone, and for each schedule those of averages.
+    best
+        The best average: its n, score, and standard error if known.
+    maximize
+        Whether a higher score is better.
+    """
     require(path)
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    below = len(averages) > 4  # a legend within would hide the lines
+    height = 4.5 + below * 0.22 * (len(averages) // 3 + 1)
+    figure = Figure(figsize=(7.5, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
 
-    def points(scores: Sequence[Score]) -> tuple[list[int], list[float]]:
-        return (
-            [score.n for score in scores],
-            [math.nan if score.score is None else score.score for score in scores],
-        )
-
-    axes.plot(*points(sweep.singles), "o", color="0.6", label="n-th newest alone", zorder=2)
-    names = sweep.schedules
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    if len(names) <= 8:
-        colors = mpl.colormaps["tab10"](range(len(names)))
+    axes.plot(*singles, "o", color="0.6", label="n-th newest alone", zorder=2)
+    colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(averages)))
+    if len(averages) <= 8:
+        colors = mpl.colormaps["tab10"](range(len(averages)))
     styles = ("-", "--", "-.", ":")
-    for number, (name, color) in enumerate(zip(names, colors, strict=True)):
-        line = [score for score in sweep.averages if score.weights == name]
+    for number, ((name, line), color) in enumerate(zip(averages.items(), colors, strict=True)):
         axes.plot(
-            *points(line),
+            *line,
             styles[number % 4],
             color=color,
             linewidth=2,
-            marker="." if len(line) <= 30 else None,
+            marker="." if len(line.counts) <= 30 else None,
             label=f"average, {name}",
         )
-    best = sweep.best
-    score = math.nan if best.score is None else best.score
+    n, score, error = best
     axes.errorbar(
-        best.n,
+        n,
         score,
-        yerr=best.standard_error,
+        yerr=error,
         fmt="*",
         markersize=15,
         color="black",
         markerfacecolor="gold",
         capsize=4,
         zorder=5,
-        label=f"best: {best.score:.5g}, newest {best.n}",
+        label=f"best: {score:.5g}, newest {n}",
     )
     axes.set_xlabel("n, newest checkpoint first")
-    axes.set_ylabel("score" + (" (higher is better)" if sweep.maximize else " (lower is better)"))
+    axes.set_ylabel("score" + (" (higher is better)" if maximize else " (lower is better)"))
     axes.set_title("The n-th newest checkpoint alone, and the average of the newest n")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if len(names) <= 4:
-        axes.legend()
+    if below:
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     else:
-        figure.legend(loc="outside right upper", fontsize="small")
+        axes.legend()
     figure.savefig(path)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome, standard_error
 from wavg.inputs import PathLike
+from wavg.pictures import Points, draw
 from wavg.scoring import better
 
 __all__ = ["Score", "Sweep", "best_of", "is_tie"]
@@ -217,9 +218,21 @@ class Sweep:
         MissingDependencyError
             Matplotlib is not installed.
         """
-        from wavg.pictures import draw
+        best = self.best
+        lines = {
+            name: _points([score for score in self.averages if score.weights == name])
+            for name in self.schedules
+        }
+        marked = best.n, _or_nan(best.score), best.standard_error
+        draw(os.fspath(path), _points(self.singles), lines, marked, maximize=self.maximize)
 
-        draw(self, os.fspath(path))
+
+def _points(scores: Sequence[Score]) -> Points:
+    return Points([score.n for score in scores], [_or_nan(score.score) for score in scores])
+
+
+def _or_nan(score: float | None) -> float:
+    return math.nan if score is None else score
 
 
 def _written(text: str, path: PathLike | None) -> str:
