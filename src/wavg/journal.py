@@ -112,13 +112,10 @@ class Journal:
         lines = data[:whole].splitlines()
         if not lines and data and not data.startswith(_HEAD):
             raise _no_journal(path, 1)
-        try:
-            entries = [json.loads(line) for line in lines]
-        except ValueError:
-            raise _no_journal(path, 1) from None
+        entries = [_parsed(path, *line) for line in enumerate(lines, start=1)]
         if entries:
             head = entries[0]
-            if not isinstance(head, dict) or head.pop("wavg", None) != 1:
+            if head.pop("wavg", None) != 1:
                 raise _no_journal(path, 1)
             if head != series:
                 raise WavgError(
@@ -134,16 +131,16 @@ class Journal:
         else:
             self._write({"wavg": 1, **series})
 
-    def _read(self, path: str, entries: list[Any]) -> None:
+    def _read(self, path: str, entries: list[dict[str, Any]]) -> None:
         begun: str | None = None
         line = 1
         try:
             for entry in entries[1:]:
                 line += 1
                 begun = entry.get("begun")
-                if "done" in entry:
+                if begun is None and "stopped" not in entry:
                     self.outcomes[entry["done"]] = _outcome(entry)
-        except (AttributeError, TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError):
             raise _no_journal(path, line) from None
         if begun is not None:
             self.end(begun, Outcome(None, "killed: the process ended during this evaluation"))
@@ -152,6 +149,16 @@ class Journal:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+
+def _parsed(path: str, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise _no_journal(path, number)
+    return entry
 
 
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
