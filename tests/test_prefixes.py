@@ -69,6 +69,25 @@ def test_a_plain_sum_stays_one():
         assert set(step.sums.ravel()) | set(step.outputs.ravel()) == {1.0}
 
 
+@pytest.mark.parametrize("name", ["equal", "linear", "squares", "every second"])
+def test_whole_weights_come_from_whole_multiples(name):
+    rows = rows_of(SHAPES[name][0], 60)
+    steps = programme(rows)
+    for step in steps:
+        assert np.array_equal(step.sums, np.round(step.sums))
+        assert np.array_equal(step.outputs, np.round(step.outputs))
+        assert np.abs(step.outputs[:, :-1]).max(initial=0) <= 61**2
+    assert worst_error(rows, steps) < 1e-15
+
+
+@pytest.mark.parametrize("power", [4, 5, 8])
+def test_high_powers_stay_well_conditioned(power):
+    rows = rows_of(lambda n: np.arange(1.0, n + 1) ** power, 60)
+    steps = programme(rows)
+    assert worst_error(rows, steps) < 1e-9
+    assert most_sums(steps) <= power + 1
+
+
 def test_schedules_share_sums():
     equal, linear = (rows_of(SHAPES[name][0], 30) for name in ("equal", "linear"))
     assert most_sums(programme(equal + linear)) == 2

@@ -56,9 +56,10 @@ def programme(rows: Sequence[F64]) -> list[Step]:
 
     Notes
     -----
-    Sums kept are partial sums of rows, so that most steps only add a multiple of the model. A row
-    is dependent where what it adds to the others is below 64 rounding errors of its largest weight.
-    Time is O(rows · models² · sums).
+    Weights that are polynomials of the position up to its square have sums of their own; else sums
+    are partial sums of rows, so that most steps only add a multiple of the model. A row is dependent
+    where what it adds to the others is below 64 rounding errors of its largest weight. Time is
+    O(rows · models² · sums).
 
     Examples
     --------
@@ -68,7 +69,94 @@ def programme(rows: Sequence[F64]) -> list[Step]:
     [[1.0, 1.0]] [[1.0, 1.0]]
     [] [[1.0, 1.0]]
     """
-    lengths = np.array([len(row) for row in rows])
+    fits = [_polynomial(row) for row in rows]
+    degrees = [len(fit) - 1 for fit in fits]
+    # A row of d + 1 weights is a polynomial of degree d without being meant as one.
+    highest = max((d for d, row in zip(degrees, rows, strict=True) if d < len(row) - 1), default=-1)
+    simple = [place for place, degree in enumerate(degrees) if 0 <= degree <= highest]
+    if len(simple) <= highest:  # a sum for each takes less
+        simple = []
+    others = [place for place in range(len(rows)) if place not in simple]
+    return _side_by_side(
+        [
+            (simple, _of_powers([(len(rows[place]), fits[place]) for place in simple])),
+            (others, _of_rows([rows[place] for place in others])),
+        ]
+    )
+
+
+def _side_by_side(parts: Sequence[tuple[list[int], list[Step]]]) -> list[Step]:
+    """Return one programme of several, each for some of the rows."""
+    merged = []
+    before = [0] * len(parts)
+    for position in range(max(len(steps) for _, steps in parts)):
+        taken = [(rows, steps[position : position + 1]) for rows, steps in parts]
+        width = sum(before) + 1
+        sums, outputs, ended = [np.empty((0, width))], [np.empty((0, width))], list[int]()
+        for number, (rows, step) in enumerate(taken):
+            columns = [*range(sum(before[:number]), sum(before[: number + 1])), width - 1]
+            for one in step:
+                for matrix, blocks in ((one.sums, sums), (one.outputs, outputs)):
+                    wide = np.zeros((len(matrix), width))
+                    wide[:, columns] = matrix
+                    blocks.append(wide)
+                ended += [rows[row] for row in one.ended]
+        before = [len(step[0].sums) if step else 0 for _, step in taken]
+        merged.append(Step(np.vstack(sums), np.vstack(outputs), tuple(ended)))
+    return merged
+
+
+def _polynomial(row: F64) -> F64:
+    """Return coefficients that give the weights by their positions, exactly; none if there are no.
+
+    >>> _polynomial(np.array([3.0, 2.0, 1.0])), _polynomial(np.array([1.0, 0.5, 0.25, 0.125]))
+    (array([ 4., -1.]), array([], dtype=float64))
+    """
+    first, second, third = (*row[:3], *[0.0] * 3)[:3]
+    bend = (first + third - 2 * second) / 2
+    slope = second - first - 3 * bend
+    for fit in ([first], [2 * first - second, second - first], [first - slope - bend, slope, bend]):
+        if len(fit) <= len(row) and np.array_equal(_powers(len(row))[: len(fit)].T @ fit, row):
+            return np.array(fit)
+    return np.empty(0)
+
+
+def _powers(count: int) -> F64:
+    return np.arange(1.0, count + 1) ** np.arange(3.0)[:, None]
+
+
+def _of_powers(rows: Sequence[tuple[int, F64]]) -> list[Step]:
+    """Return a programme for rows that are polynomials of the position, by length and coefficients.
+
+    Sums are of models times powers of their positions: where weights are whole numbers, so is all
+    in here. Averages of such weights fall on ties between two numbers of a short format, and cancel
+    to zero; there a rounding error would show.
+    """
+    count = max((length for length, _ in rows), default=0)
+    powers = _powers(count)
+    kept: list[int] = []
+    steps = []
+    for position in range(count):
+        going = [len(fit) for length, fit in rows if length > position + 1]
+        after = list(range(max(going, default=0)))
+        ended = [row for row, (length, _) in enumerate(rows) if length == position + 1]
+        sums = np.zeros((len(after), len(kept) + 1))
+        outputs = np.zeros((len(ended), len(kept) + 1))
+        for matrix, fits in (
+            (sums, np.eye(3)[after]),
+            (outputs, [np.pad(rows[row][1], (0, 3 - len(rows[row][1]))) for row in ended]),
+        ):
+            for line, fit in zip(matrix, fits, strict=True):
+                line[:-1] = fit[kept]
+                line[-1] = fit @ powers[:, position]
+        steps.append(Step(sums, outputs, tuple(ended)))
+        kept = after
+    return steps
+
+
+def _of_rows(rows: Sequence[F64]) -> list[Step]:
+    """Return a programme for any rows; its sums are partial sums of some of them."""
+    lengths = [len(row) for row in rows]
     table = np.zeros((len(rows), max(lengths, default=0)))
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
@@ -77,10 +165,10 @@ def programme(rows: Sequence[F64]) -> list[Step]:
     kept: list[int] = []
     steps = []
     for position in range(table.shape[1]):
-        ended = np.flatnonzero(lengths == position + 1).tolist()
-        going = np.flatnonzero(lengths > position + 1)
+        ended = [row for row, length in enumerate(lengths) if length == position + 1]
+        going = [row for row, length in enumerate(lengths) if length > position + 1]
         past = table[going, : position + 1] / scale[going, None]
-        after = [int(going[row]) for row in _independent(past, np.isin(going, kept))]
+        after = [going[row] for row in _independent(past, np.isin(going, kept))]
         before = table[:, :position]
         steps.append(
             Step(

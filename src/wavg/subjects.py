@@ -210,42 +210,39 @@ class Subjects:
             checkpoint.read(decision.sources[layout], start, out)
             self.bytes_read += out.nbytes
 
-        with self._files(step.ended, reference) as made:
-            sinks = {row: self._named(output.sink, reference) for row, (_, output) in made.items()}
-            overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
-            checkpoint.verify_unchanged()
-            for _, output in made.values():
-                self.bytes_read += sum(e.length for t in output.templates for e, _ in t.carry)
-                output.finish()
-                output.commit()
-            for row, (path, _) in made.items():
-                yield Subject(row, path, _problem(overflown.get(row)))
+        with self._folders(step.ended) as paths:
+            with contextlib.ExitStack() as stack:
+                made = {}
+                for row, path in paths.items():
+                    plan, template = self._plan_of(reference), self.checkpoints[reference]
+                    made[row] = stack.enter_context(
+                        outputs.planned(plan, template, path, overwrite=False)
+                    )
+                sinks = {row: self._named(output.sink, reference) for row, output in made.items()}
+                overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
+                checkpoint.verify_unchanged()
+                for output in made.values():
+                    self.bytes_read += sum(e.length for t in output.templates for e, _ in t.carry)
+                    output.finish()
+                    output.commit()
+            for row, path in paths.items():
+                yield Subject(row, path.rstrip("/"), _problem(overflown.get(row)))
 
     @contextlib.contextmanager
-    def _files(
-        self, rows: Sequence[int], reference: int
-    ) -> Iterator[dict[int, tuple[str, outputs.Output]]]:
-        """Begin the files of averages, each in a folder of its own, and remove them at the end."""
+    def _folders(self, rows: Sequence[int]) -> Iterator[dict[int, str]]:
+        """Give each average a path in a folder of its own; all are removed at the end."""
         import shutil
 
         assert self._target is not None  # models are given as files
-        target = self._target
-        plan, checkpoint = self._plan_of(reference), self.checkpoints[reference]
-        whole = target.rstrip("/")
-        root, name = os.path.split(whole)
-        folders = [os.path.join(root, f"average-{row}") for row in rows]
+        name = self._target.removeprefix(os.path.dirname(self._target.rstrip("/")))
+        root = self._target.removesuffix(name)
+        folders = {row: os.path.join(root, f"average-{row}") for row in rows}
         try:
-            with contextlib.ExitStack() as stack:
-                made = {}
-                for row, folder in zip(rows, folders, strict=True):
-                    os.mkdir(folder)
-                    path = os.path.join(folder, name)
-                    slash = target[len(whole) :]
-                    output = outputs.planned(plan, checkpoint, path + slash, overwrite=False)
-                    made[row] = path, stack.enter_context(output)
-                yield made
+            for folder in folders.values():
+                os.mkdir(folder)
+            yield {row: folder + name for row, folder in folders.items()}
         finally:
-            for folder in folders:
+            for folder in folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _plan_of(self, reference: int) -> Plan:
