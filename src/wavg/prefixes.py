@@ -56,10 +56,10 @@ def programme(rows: Sequence[F64]) -> list[Step]:
 
     Notes
     -----
-    Weights that are polynomials of the position up to its square have sums of their own; else sums
-    are partial sums of rows, so that most steps only add a multiple of the model. A row is dependent
-    where what it adds to the others is below 64 rounding errors of its largest weight. Time is
-    O(rows · models² · sums).
+    Weights that are polynomials of the position up to its square have sums of their own; else
+    sums are partial sums of rows, so that most steps only add a multiple of the model. A row is
+    dependent where what it adds to the others is below 64 rounding errors of its largest weight.
+    Time is O(rows · models² · sums).
 
     Examples
     --------
