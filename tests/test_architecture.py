@@ -75,18 +75,18 @@ MAY_IMPORT = {
     "journal": "evaluation errors",
     "scoring": "checkpoint evaluation journal",
     "subjects": "checkpoint files formats inputs opening outputs plan prefixes sinks prefix_sums errors",
-    "pictures": "errors",
-    "results": "evaluation inputs pictures scoring errors",
+    "sweep_picture": "errors",
+    "results": "evaluation inputs scoring sweep_picture errors",
     "sweep": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
     "subjects prefix_sums weights errors",
     "selection": "formats grid inputs errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
-    "soup": "evaluation files formats greedy grid inputs journal outputs scoring selection subjects "
-    "errors",
+    "soup": "evaluation files formats greedy grid inputs journal outputs scoring selection "
+    "subjects errors",
     "demo": FACE,
     "picture": "errors weights",
     "cli_options": "alignment plan",
-    "cli_sweep": "cli_options pictures soup sweep",
+    "cli_sweep": "cli_options soup sweep sweep_picture",
     "cli_weights": "formats grid inputs picture weights",
     "cli": "cli_options cli_sweep cli_weights files formats grid kernel record selection demo "
     f"weights errors inputs plan {FACE}",

@@ -412,7 +412,7 @@ def test_the_picture_has_dots_a_line_a_schedule_and_the_best(run, tmp_path, coun
 def test_a_missing_matplotlib_is_told(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     result = wavg.sweep(run, lambda m: 1.0, maximize=True, last=2)
-    with pytest.raises(wavg.MissingDependencyError, match="pip install matplotlib"):
+    with pytest.raises(wavg.MissingDependencyError, match="pip install"):
         result.plot("p.png")
 
 

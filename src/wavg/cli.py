@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import wavg
@@ -36,7 +37,9 @@ from wavg.cli_options import (
 )
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
-from wavg.inputs import expand, named_steps, read_steps
+from wavg.formats import open_file
+from wavg.grid import newest
+from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan
 from wavg.record import KEY, Record
@@ -325,8 +328,8 @@ def _choose(options: argparse.Namespace) -> None:
     if options.last:
         options.command.error("--last and --best both say which checkpoints; use one of them")
     natural = options.order == "natural"
-    paths = expand(options.inputs, sort=natural, output=options.output)
-    steps = options.steps or read_steps(paths)
+    open_ = partial(open_file, opaque_dtype=options.opaque_dtype, isolate=options.isolate)
+    paths, steps = newest(options.inputs, options.steps, (), natural, options.output, None, open_)
     best = best_checkpoints(
         paths,
         options.metrics,

@@ -174,7 +174,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _refuse_plot(path: str) -> None:
     """Raise an error before a long work if there will be no picture."""
-    from wavg.pictures import require
+    from wavg.sweep_picture import require
 
     require(path)
 

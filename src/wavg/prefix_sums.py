@@ -99,14 +99,16 @@ class PrefixSums:
         """
         overflown: dict[int, str] = {}
         offset = 0
+        used = bool(step.sums[:, -1].any() or step.outputs[:, -1].any())
         for decision in self._plan.averaged:
             spec, output = decision.spec, decision.output.entry
             parts = _parts(spec)
             width = max(1, self._plan.block // parts)
             for start in range(0, spec.size, width):
                 count = min(width, spec.size - start)
-                raw = np.empty(count, spec.entry.numpy)
-                read(decision, start, raw)
+                raw = np.zeros(count, spec.entry.numpy)
+                if used:
+                    read(decision, start, raw)
                 block = self._block[: self._kept + 1, : count * parts]
                 place = offset + start * parts
                 for row, line in enumerate(block[:-1]):

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome, standard_error
 from wavg.inputs import PathLike
-from wavg.pictures import Points, draw
 from wavg.scoring import better
+from wavg.sweep_picture import Points, draw
 
 __all__ = ["Score", "Sweep", "best_of", "is_tie"]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wavg.errors import WavgError
-from wavg.formats import ending_of
-from wavg.inputs import PathLike, expand, read_steps
-from wavg.weights import check_steps
+from wavg.formats import ending_of, open_file
+from wavg.grid import newest
+from wavg.inputs import PathLike
 
 __all__ = ["best_checkpoints", "metrics_of"]
 
@@ -83,8 +83,7 @@ def best_checkpoints(
     >>> [os.path.basename(path) for path in paths]
     ['model_2.npz', 'model_3.npz']
     """
-    paths = expand(inputs, sort=sort)
-    numbers = read_steps(paths) if steps is None else check_steps(steps)
+    paths, numbers = newest(inputs, steps, (), sort, None, None, open_file)
     found = metrics_of(paths, numbers, metrics, metric, first_epoch)
     if not 1 <= best <= len(found):
         raise WavgError(

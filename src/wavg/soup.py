@@ -6,14 +6,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from wavg import outputs
 from wavg.errors import WavgError
 from wavg.evaluation import Evaluate, evaluator_of
 from wavg.files import average_checkpoints, plan_average
+from wavg.formats import open_file
 from wavg.greedy import evaluated, greedy
-from wavg.grid import Grid, select
+from wavg.grid import newest
 from wavg.inputs import PathLike
 from wavg.journal import Journal
 from wavg.scoring import Scorer, described, resumable
@@ -194,7 +196,8 @@ def soup(
     [(3.0, True), (0.0, True), (1.0, False), (2.0, False)]
     """
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
-    paths, numbers = select(inputs, steps, Grid.of("equal", last), sort, output)
+    open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
+    paths, numbers = newest(inputs, steps, (), sort, output, last, open_)
     own: dict[int, float] = {}
     if metrics is not None:
         own = metrics_of(paths, numbers, metrics, metric, first_epoch)
@@ -220,7 +223,7 @@ def soup(
     files = evaluator.takes_files
     with (
         resumable(place),
-        Subjects(paths, numbers, inputs, options, files=files) as subjects,
+        Subjects(paths, inputs, options, files=files) as subjects,
         Journal(
             place,
             {

@@ -56,8 +56,8 @@ class Subjects:
 
     Parameters
     ----------
-    paths, steps
-        The checkpoints, oldest first, and their steps.
+    paths
+        The checkpoints, oldest first.
     inputs
         What a person gave for them: folders are then given to a command as such.
     options
@@ -69,13 +69,12 @@ class Subjects:
     def __init__(
         self,
         paths: Sequence[str],
-        steps: Sequence[float],
         inputs: PathLike | Iterable[PathLike],
         options: Mapping[str, Any],
         *,
         files: bool,
     ) -> None:
-        self._paths, self._steps, self._options = paths, steps, options
+        self._paths, self._options = paths, options
         given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
         self._as_files = any(is_checkpoint_name(os.fspath(name)) for name in given)
         self._stack = contextlib.ExitStack()
@@ -216,7 +215,7 @@ class Subjects:
                 for row, path in paths.items():
                     plan, template = self._plan_of(reference), self.checkpoints[reference]
                     made[row] = stack.enter_context(
-                        outputs.planned(plan, template, path, overwrite=False)
+                        outputs.planned(plan, template, path, None, overwrite=False)
                     )
                 sinks = {row: self._named(output.sink, reference) for row, output in made.items()}
                 overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
@@ -251,7 +250,7 @@ class Subjects:
             self._plans[reference] = plan_average(
                 self._paths[: reference + 1],
                 self._target,
-                steps=self._steps[: reference + 1],
+                steps=range(reference + 1),  # of no concern here
                 sort=False,
                 max_memory=_UNBOUNDED,
                 **self._options,

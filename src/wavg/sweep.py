@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from wavg import weights as schedules
 from wavg.errors import WeightError
 from wavg.evaluation import Evaluate, evaluator_of
 from wavg.files import average_checkpoints, plan_average
-from wavg.grid import Grid, select
+from wavg.formats import open_file
+from wavg.grid import Grid, Open, newest, weigh
 from wavg.inputs import PathLike
 from wavg.journal import Journal
 from wavg.plan import parse_size
@@ -128,8 +130,9 @@ def sweep(
     ([0.4, 0.1, 0.4, 0.02], 4)
     """
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
-    grid = Grid.of(weights, last)
-    paths, numbers = select(inputs, steps, grid, sort, output)
+    rules = Grid.of(weights, None).rules
+    open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
+    paths, numbers = newest(inputs, steps, rules, sort, output, last, open_)
     options: dict[str, Any] = {
         "dtype": dtype,
         "include": include,
@@ -140,19 +143,21 @@ def sweep(
         "isolate": isolate,
     }
     if output is not None:
-        plan_average(paths, output, steps=numbers, sort=False, max_memory=_ENOUGH, **options)
+        plan_average(
+            paths, output, steps=range(len(paths)), sort=False, max_memory=_ENOUGH, **options
+        )
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
-    cells = _cells(grid.rules, numbers, plain=dtype is None)
+    cells = _cells(rules, paths, numbers, open_, plain=dtype is None)
     place = None if journal is None else os.fspath(journal)
     files = evaluator.takes_files
     with (
         resumable(place),
-        Subjects(paths, numbers, inputs, options, files=files) as subjects,
+        Subjects(paths, inputs, options, files=files) as subjects,
         Journal(
             place,
             {
                 "series": "sweep",
-                "weights": list(map(str, grid.rules)),
+                "weights": list(map(str, rules)),
                 **described(evaluator, maximize, numbers, subjects.checkpoints, options),
             },
         ) as record,
@@ -217,7 +222,12 @@ def _alone(n: int) -> str:
 
 
 def _cells(
-    rules: Sequence[schedules.Schedule], steps: Sequence[float], *, plain: bool
+    rules: Sequence[schedules.Schedule],
+    paths: Sequence[str],
+    steps: Sequence[float],
+    open_: Open,
+    *,
+    plain: bool,
 ) -> list[_Cell]:
     """Return the averages that there are, by n; where weights cannot be had for an n, none."""
     cells: list[_Cell] = []
@@ -228,7 +238,7 @@ def _cells(
     for n in range(1, len(steps) + 1):
         for rule in rules:
             try:
-                row = np.array(rule(steps[-n:]), np.float64)[::-1]
+                row = weigh(rule, paths[-n:], steps[-n:], open_)[::-1]
                 total = _total(row)
             except WeightError as problem:
                 problems[str(rule)] = problem

@@ -19,7 +19,7 @@ def require(path: str) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise MissingDependencyError(
-            "a picture needs matplotlib: `pip install matplotlib`, or leave the plot out"
+            "a picture needs matplotlib: pip install 'wavg[plot]', or leave the plot out"
         ) from None
     ending = os.path.splitext(path)[1].lower().removeprefix(".")
     if ending not in FigureCanvasBase.get_supported_filetypes():
