@@ -39,6 +39,11 @@ class Step(NamedTuple):
     outputs: F64
     ended: tuple[int, ...]
 
+    @property
+    def takes(self) -> bool:
+        """Whether the model has a weight in anything."""
+        return bool(self.sums[:, -1].any() or self.outputs[:, -1].any())
+
 
 def programme(rows: Sequence[F64]) -> list[Step]:
     """Return what to do with one model after the other, newest first.

@@ -207,7 +207,6 @@ class Subjects:
 
         def read(decision: Decision, start: int, out: Array) -> None:
             checkpoint.read(decision.sources[layout], start, out)
-            self.bytes_read += out.nbytes
 
         with self._folders(step.ended) as paths:
             with contextlib.ExitStack() as stack:
@@ -220,6 +219,8 @@ class Subjects:
                 sinks = {row: self._named(output.sink, reference) for row, output in made.items()}
                 overflown = sums.step(step, totals, sinks, read, self._located(checkpoint, layout))
                 checkpoint.verify_unchanged()
+                if step.takes:
+                    self.bytes_read += sum(d.spec.nbytes for d in self.plan.averaged)
                 for output in made.values():
                     self.bytes_read += sum(e.length for t in output.templates for e, _ in t.carry)
                     output.finish()
