@@ -112,7 +112,8 @@ def main() -> None:
     for name, row in figures["cases"].items():
         print(
             f"{name}: {median(row['seconds']):.1f} s, "
-            f"{median(row['processor']):.1f} s of processor time, {row['bytes_read'] / size:.1f} models read, "
+            f"{median(row['processor']):.1f} s of processor time, "
+            f"{row['bytes_read'] / size:.1f} models read, "
             f"{row['memory'] / size:.1f} models of memory"
         )
     record("sweep", "warm", figures)

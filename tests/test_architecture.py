@@ -86,7 +86,7 @@ MAY_IMPORT = {
     "demo": FACE,
     "picture": "errors weights",
     "cli_options": "alignment plan",
-    "cli_sweep": "cli_options soup sweep sweep_picture",
+    "cli_sweep": "cli_options cli_weights soup sweep sweep_picture",
     "cli_weights": "formats grid inputs picture weights",
     "cli": "cli_options cli_sweep cli_weights files formats grid kernel record selection demo "
     f"weights errors inputs plan {FACE}",

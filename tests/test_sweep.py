@@ -17,6 +17,7 @@ import pytest
 import hf_folders
 import wavg
 from contract import random_array
+from wavg import weights as schedules
 from wavg.dtypes import dtype_of
 from wavg.evaluation import Command
 
@@ -99,6 +100,32 @@ def test_every_average_is_that_of_average_checkpoints_to_the_last_place(run):
             differing += np.count_nonzero(off)
             numbers += off.size
     assert differing <= numbers / 10_000
+
+
+@pytest.mark.parametrize("text", [*schedules.KNOWN, "ema:half_life=7", "lawa:last=3,every=2"])
+def test_every_schedule_can_be_swept(run, text):
+    if text.startswith("post_hoc_ema"):
+        with pytest.raises(wavg.WeightError):  # of averages tracked while training, not of models
+            wavg.sweep(run, len, maximize=True, weights=text)
+        return
+    result, models = seen_by(run, weights=text)
+    assert result.passes == 1
+    assert result.sums <= 4
+    for score in result.averages:
+        found = models[score.n, score.weights]
+        expected = wavg.average_checkpoints(run, weights=text, last=score.n)
+        for name in ("float64/w", "float32/w"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-7, atol=1e-12)
+
+
+def test_a_checkpoint_without_a_weight_is_read_for_its_own_score_alone(run):
+    tensors = wavg.load(run[-2])
+    tensors["float32/w"][0, 0] = np.inf
+    wavg.save(run[-2], tensors, overwrite=True)
+    second = wavg.Schedule("2", lambda steps: (np.arange(len(steps))[::-1] % 2 == 0) * 1.0)
+    result, models = seen_by(run, weights=second)
+    assert not np.isfinite(models[2, None]["float32/w"]).all()
+    assert all(np.isfinite(models[s.n, "2"]["float32/w"]).all() for s in result.averages if s.n > 2)
 
 
 def test_the_comparison_of_last_places_sees_neighbours():

@@ -19,6 +19,7 @@ from wavg.cli_options import (
     positive,
     size,
 )
+from wavg.cli_weights import known
 from wavg.soup import soup
 from wavg.sweep import sweep
 
@@ -61,7 +62,7 @@ def add_sweep(commands: Any) -> None:
         "--weights",
         action="append",
         metavar="SPEC",
-        help="equal, linear, exponential:alpha=2 ... (default: equal); several times: a line each",
+        help=f"{known()} (default: equal); several times: a line each",
     )
     add("-o", "--output", metavar="OUTPUT", help="write the best average here")
     add("--csv", metavar="FILE", help="write the scores here")
