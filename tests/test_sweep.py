@@ -566,6 +566,26 @@ def test_folders_named_by_their_files_stay_files(tmp_path, monkeypatch, in_proce
     assert not any(s.error for s in result.averages)
 
 
+MEMORY = """
+import sys, wavg
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+before = status("VmRSS")
+wavg.sweep(sys.argv[1], evaluate_command="echo 0 {}", maximize=True, weights=["equal", "linear"])
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_for_a_command_does_not_grow_with_the_model(tmp_path):
+    for step in range(2):
+        wavg.save(tmp_path / f"m_{step}.safetensors", {"w": np.full(8_000_000, step, "f4")})
+    words = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20 << 20  # a sum alone takes 64 MB
+
+
 def test_a_command_with_little_room_reads_more_often(run, in_process):
     result = wavg.sweep(
         run, evaluate_command="s {}", maximize=True, weights=["equal", "linear"], max_memory=0
