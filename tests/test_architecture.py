@@ -74,7 +74,8 @@ MAY_IMPORT = {
     "evaluation": "errors",
     "journal": "evaluation errors",
     "scoring": "checkpoint evaluation journal",
-    "subjects": "checkpoint files formats inputs opening outputs plan prefixes sinks prefix_sums errors",
+    "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
+    "errors",
     "sweep_picture": "errors",
     "results": "evaluation inputs scoring sweep_picture errors",
     "sweep": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome
+from wavg.prefix_sums import PrefixSums
 from wavg.prefixes import Step
 from wavg.scoring import Scorer, better
 from wavg.subjects import Subjects
-from wavg.prefix_sums import PrefixSums
 
 __all__ = ["Turn", "evaluated", "greedy"]
 

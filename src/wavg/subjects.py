@@ -22,9 +22,9 @@ from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike
 from wavg.opening import opened, verify_checksums
 from wavg.plan import Decision, Plan
+from wavg.prefix_sums import PrefixSums
 from wavg.prefixes import Step
 from wavg.sinks import MemorySink
-from wavg.prefix_sums import PrefixSums
 
 __all__ = ["Subject", "Subjects"]
 

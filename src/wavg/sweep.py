@@ -22,11 +22,11 @@ from wavg.grid import Grid, Open, newest, weigh
 from wavg.inputs import PathLike
 from wavg.journal import Journal
 from wavg.plan import parse_size
+from wavg.prefix_sums import elements
 from wavg.prefixes import most_sums, passes, programme
 from wavg.results import Score, Sweep, best_of
 from wavg.scoring import Scorer, described, resumable
 from wavg.subjects import Subjects
-from wavg.prefix_sums import elements
 
 __all__ = ["sweep"]
 
