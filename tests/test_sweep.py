@@ -331,6 +331,19 @@ def test_an_evaluator_that_kills_the_process_is_known_in_the_next_run(run, tmp_p
     assert second.stdout == "killed: the process ended during this evaluation 1\n"
 
 
+def test_a_terminal_shows_how_far_it_is_and_the_best_so_far(run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    wavg.sweep(run, lambda m: m["scalar"], maximize=False, progress=True, last=2)
+    shown = sys.stderr.getvalue()
+    assert "3/3" in shown
+    assert "best 20: 2 alone" in shown
+
+
 def test_a_journal_of_other_inputs_is_refused(run, tmp_path):
     wavg.sweep(run, len, maximize=True, journal=tmp_path / "j")
     wavg.save(run[0], model(100), overwrite=True)
