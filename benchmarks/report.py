@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("performance", "memory", "keras", "reliability", "weights", "streaming")
+    for name in ("performance", "memory", "keras", "reliability", "weights", "streaming", "sweep")
 )
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -304,6 +304,19 @@ def streaming() -> str:
     )
 
 
+def sweep() -> str:
+    found = figures("sweep")
+    size = found["model_bytes"]
+    return table(
+        "| models read | time | processor time | memory, in models",
+        (
+            f"{name} | {row['bytes_read'] / size:.0f} | {seconds(row['seconds'])} | "
+            f"{seconds(row['processor'])} | {row['memory'] / size:.1f}"
+            for name, row in found["cases"].items()
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -325,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
         largest,
         posthoc_run,
         posthoc,
+        sweep,
     )
 }
 

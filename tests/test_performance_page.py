@@ -20,7 +20,15 @@ def report():
 
 @pytest.mark.parametrize(
     "page",
-    ["performance.md", "memory.md", "keras.md", "streaming.md", "reliability.md", "weights.md"],
+    [
+        "performance.md",
+        "memory.md",
+        "keras.md",
+        "streaming.md",
+        "reliability.md",
+        "weights.md",
+        "sweep.md",
+    ],
 )
 def test_every_table_is_made_from_the_results(report, page):
     text = (SCRIPT.parent.parent / "docs" / page).read_text("utf-8")

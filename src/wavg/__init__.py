@@ -23,7 +23,11 @@ from wavg.errors import (
 from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_average, save
 from wavg.plan import Plan
 from wavg.record import Record, Source
+from wavg.results import Score, Sweep
+from wavg.selection import best_checkpoints
+from wavg.soup import Soup, Trial, soup
 from wavg.streaming import StreamingAverager
+from wavg.sweep import sweep
 from wavg.verify import Verification, verify
 from wavg.weights import (
     Schedule,
@@ -58,15 +62,20 @@ __all__ = [
     "Record",
     "Report",
     "Schedule",
+    "Score",
+    "Soup",
     "Source",
     "StreamingAverager",
     "StructureMismatchError",
+    "Sweep",
+    "Trial",
     "Verification",
     "WavgError",
     "WeightError",
     "average",
     "average_checkpoints",
     "bema",
+    "best_checkpoints",
     "cumulative_window",
     "dema",
     "ema",
@@ -85,6 +94,8 @@ __all__ = [
     "power_ema",
     "save",
     "schedule_free",
+    "soup",
+    "sweep",
     "verify",
     "wsm",
 ]

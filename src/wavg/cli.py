@@ -14,19 +14,36 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import wavg
-from wavg import cli_weights
-from wavg.alignment import ALIGNMENTS
-from wavg.dtypes import DTYPES
+from wavg import cli_sweep, cli_weights
+from wavg.cli_options import (
+    add_command,
+    add_direction,
+    add_inputs,
+    add_json,
+    add_metrics,
+    add_opaque,
+    add_tensors,
+    bytes_of,
+    count_of,
+    numbers,
+    positive,
+    shard_size,
+    size,
+)
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
+from wavg.formats import open_file
+from wavg.grid import newest
 from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
-from wavg.plan import MIB, RECORDS, Plan, parse_size
+from wavg.plan import MIB, RECORDS, Plan
 from wavg.record import KEY, Record
+from wavg.selection import best_checkpoints
 from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
@@ -54,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("wavg: interrupted; nothing is half-written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        told = stop.args[0] if stop.args else "interrupted; nothing is half-written"
+        print(f"wavg: {told}", file=sys.stderr)
         return 130
     except (WavgError, OSError) as error:
         lines = _told(error).splitlines()
@@ -99,7 +117,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_average(
-        _command(
+        add_command(
             commands,
             "average",
             _average,
@@ -108,7 +126,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             wavg average run/model_*.h5 -o average.h5 --weights linear --last 5""",
         )
     )
-    command = _command(
+    command = add_command(
         commands,
         "weights",
         cli_weights.run,
@@ -116,9 +134,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         """\
             wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png""",
     )
-    cli_weights.add_arguments(command, _positive, _numbers)
-    _add_json(command)
-    command = _command(
+    cli_weights.add_arguments(command, positive, numbers)
+    add_json(command)
+    command = add_command(
         commands,
         "inspect",
         _inspect,
@@ -127,10 +145,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             wavg inspect model.safetensors""",
     )
     command.add_argument("path", metavar="PATH")
-    _add_opaque(command)
-    _add_json(command)
+    add_opaque(command)
+    add_json(command)
     _add_verify(
-        _command(
+        add_command(
             commands,
             "verify",
             _verify,
@@ -139,7 +157,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             wavg verify average.safetensors run/ --full""",
         )
     )
-    command = _command(
+    command = add_command(
         commands,
         "demo",
         _demo,
@@ -154,26 +172,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         default="wavg-demo",
         help="where its checkpoints and picture go (default: wavg-demo)",
     )
+    cli_sweep.add_sweep(commands)
+    cli_sweep.add_soup(commands)
     return parser, commands.choices
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example: {example.strip()}",
-    )
-    command.set_defaults(run=run, command=command)
-    command._negative_number_matcher = re.compile(r"-[\d.].*")  # so that -1,2 is no option
-    return command
 
 
 def _add_average(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
+    add_inputs(command)
     add(
         "-o",
         "--output",
@@ -192,44 +198,19 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     add(
         "--last",
         action="append",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="only the newest N; several times: an average of each",
     )
+    add_metrics(command)
     add(
-        "--steps",
-        type=_numbers,
-        metavar="A,B,...",
-        help="the checkpoints' steps (default: by name, else by metadata)",
+        "--best",
+        type=positive,
+        metavar="K",
+        help="only the K checkpoints that are best by their recorded metrics",
     )
-    add(
-        "--order",
-        choices=("natural", "given"),
-        default="natural",
-        help="sort inputs (model_9 before model_10) or keep them as given (default: %(default)s)",
-    )
-    add("--include", action="append", default=[], metavar="GLOB", help="average only these tensors")
-    add(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="take these tensors from the newest checkpoint",
-    )
-    add(
-        "--align",
-        choices=ALIGNMENTS,
-        default="name",
-        help="which tensors belong together: those of one name, or of one position, for runs whose "
-        "automatic names differ (default: %(default)s)",
-    )
-    floats = [entry.name for entry in DTYPES if entry.kind == "float"]
-    add(
-        "--dtype",
-        choices=floats,
-        metavar="D",
-        help="write averaged tensors in this format: " + ", ".join(floats[:4]) + " ...",
-    )
+    add_direction(command, required=False)
+    add_tensors(command)
     add(
         "--optimizer",
         choices=("carry", "drop"),
@@ -242,8 +223,6 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         default="reference",
         help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
     )
-    add("--allow-nonfinite", action="store_true", help="let NaN and infinities through")
-    _add_opaque(command)
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
@@ -255,13 +234,13 @@ def _add_average(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-shard-size",
-        type=_shard_size,
+        type=shard_size,
         metavar="SIZE",
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
     )
     _add_limits(command)
-    _add_json(command)
+    add_json(command)
     add("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -272,77 +251,32 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="compare every number, not a sample")
     add(
         "--blocks",
-        type=_positive,
+        type=positive,
         default=1000,
         metavar="N",
         help="the sample: so many blocks of 4,096 numbers (default: %(default)s)",
     )
     add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
-    _add_opaque(command)
+    add_opaque(command)
     _add_limits(command)
-    _add_json(command)
+    add_json(command)
 
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "--max-memory",
-        type=_size,
+        type=size,
         default=64 * MIB,
         metavar="SIZE",
         help="memory beyond the interpreter (default: 64MiB)",
     )
-    add("--workers", type=_positive, metavar="N", help="threads (default: the cores available)")
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_opaque(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--opaque-dtype", choices=("bfloat16",), help="what unnamed two-byte values of a .h5 are"
-    )
-    command.add_argument(
-        "--isolate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="look into HDF5 files in a process of its own, which a hostile file may crash",
-    )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 1_000_000:
-        raise ValueError
-    return number
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-def _size(text: str) -> int:
-    return parse_size(text)
-
-
-def _shard_size(text: str) -> int:
-    size = parse_size(text)
-    if size < 1:
-        raise ValueError
-    return size
-
-
-for _type, _name in (
-    (_positive, "whole number from 1 to 1,000,000"),
-    (_numbers, "list of numbers"),
-    (_size, "size"),
-    (_shard_size, "size above zero"),
-):
-    _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
+    add("--workers", type=positive, metavar="N", help="threads (default: the cores available)")
 
 
 def _average(options: argparse.Namespace) -> None:
+    if options.metrics or options.best:
+        _choose(options)
     chosen = {
         name: getattr(options, name)
         for name in (
@@ -385,6 +319,29 @@ def _average(options: argparse.Namespace) -> None:
         print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
     elif not options.quiet:
         print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options))))
+
+
+def _choose(options: argparse.Namespace) -> None:
+    """Leave the checkpoints that are best by recorded metrics."""
+    if not options.metrics or not options.best or options.maximize is None:
+        options.command.error("--metrics, --best and --maximize or --minimize go together")
+    if options.last:
+        options.command.error("--last and --best both say which checkpoints; use one of them")
+    natural = options.order == "natural"
+    open_ = partial(open_file, opaque_dtype=options.opaque_dtype, isolate=options.isolate)
+    paths, steps = newest(options.inputs, options.steps, (), natural, options.output, None, open_)
+    best = best_checkpoints(
+        paths,
+        options.metrics,
+        best=options.best,
+        maximize=options.maximize,
+        metric=options.metric,
+        first_epoch=options.first_epoch,
+        steps=steps,
+        sort=False,
+    )
+    options.inputs, options.order = best, "given"
+    options.steps = [step for path, step in zip(paths, steps, strict=True) if path in best]
 
 
 def _notes(
@@ -455,15 +412,15 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     if not several:
         yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)
-    yield f"averaged: {_count(len(plan.averaged), 'tensor')}, {averaged:,} numbers"
+    yield f"averaged: {count_of(len(plan.averaged), 'tensor')}, {averaged:,} numbers"
     if plan.paired:
-        yield f"paired by position: {_count(len(plan.paired), 'tensor')} of other names"
+        yield f"paired by position: {count_of(len(plan.paired), 'tensor')} of other names"
         yield from _shorten(
             [f"  {name} = {', '.join(others)}" for name, others in plan.paired.items()],
             _SHOWN_PAIRS,
         )
     if plan.carried:
-        yield f"carried over from the newest: {_count(len(plan.carried), 'tensor')}"
+        yield f"carried over from the newest: {count_of(len(plan.carried), 'tensor')}"
         differing = set(report.differing) if report else set()
         yield from _shorten(
             [
@@ -474,16 +431,16 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
         )
     if plan.others:
         what = "carried over" if plan.keep_others else "left out"
-        yield f"optimizer state: {_count(len(plan.others), 'tensor')} {what}"
+        yield f"optimizer state: {count_of(len(plan.others), 'tensor')} {what}"
     if not plan.patches:
         yield "another format: only the tensors are written, no configuration"
     yield (
         f"memory: at most {plan.projected_memory / MIB:.0f} MiB of "
         f"{plan.options.max_memory / MIB:.0f} MiB (blocks of {plan.block:,} numbers, "
-        f"{_count(plan.workers, 'worker')})"
+        f"{count_of(plan.workers, 'worker')})"
     )
-    read, written = _bytes(plan.bytes_read), _bytes(plan.bytes_written)
-    yield f"disk: {_bytes(sum(plan.disk_bytes for plan, _ in made))}"
+    read, written = bytes_of(plan.bytes_read), bytes_of(plan.bytes_written)
+    yield f"disk: {bytes_of(sum(plan.disk_bytes for plan, _ in made))}"
     verb = "would write" if report is None else "wrote"
     if not several:
         yield f"{verb} {plan.output}: {read} read, {written} written"
@@ -492,19 +449,6 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     for each, _ in made:
         yield f"{verb} {each.output}"
         yield "  " + cli_weights.figures_line(each.schedule, each.figures, len(each.inputs))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _bytes(number: int) -> str:
-    size = float(number)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _shorten(lines: list[str], most: int = _SHOWN) -> list[str]:
@@ -542,7 +486,7 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     total = sum(identity.size for identity in index.files)
     numbers = sum(spec.size for spec in index.tensors)
-    print(f"{index.path}: {index.format}, {_bytes(total)}")
+    print(f"{index.path}: {index.format}, {bytes_of(total)}")
     for key, value in index.metadata.items():
         if key == KEY and record is not None:
             continue
@@ -556,12 +500,14 @@ def _inspect(options: argparse.Namespace) -> None:
         width = max(len(spec.name) for spec in specs)
         for spec in specs:
             shape = f" {cli_weights.glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
-            print(f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {_bytes(spec.nbytes):>12}")
+            print(
+                f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {bytes_of(spec.nbytes):>12}"
+            )
 
 
 def _record_as_text(record: Record) -> Iterator[str]:
     yield (
-        f"made by wavg {record.version} from {_count(record.count, 'model')} up to step "
+        f"made by wavg {record.version} from {count_of(record.count, 'model')} up to step "
         f"{record.step:g}, weights {record.weights}"
         + "".join(f", {name} {value}" for name, value in record.options.items())
     )
@@ -572,7 +518,7 @@ def _record_as_text(record: Record) -> Iterator[str]:
     yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
     for part, proportion in zip(record.sources, record.proportions, strict=True):
         yield (
-            f"  {part.name:<{width}}  {part.step:>10g}  {proportion:.4f}  {_bytes(part.size):>10}"
+            f"  {part.name:<{width}}  {part.step:>10g}  {proportion:.4f}  {bytes_of(part.size):>10}"
         )
         digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
         for name, digest in digests.items():
@@ -599,7 +545,7 @@ def _verify(options: argparse.Namespace) -> None:
         sha = ", and the inputs' digests are those recorded" * bool(found.record.sources[0].sha256)
         print(
             f"{found.output} is the average that its record says: {share} compared with "
-            f"{_count(len(found.inputs), 'input')}{sha}"
+            f"{count_of(len(found.inputs), 'input')}{sha}"
         )
     if found.faults:
         raise WavgError(

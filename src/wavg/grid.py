@@ -19,7 +19,7 @@ from wavg.formats import format_of_output, is_folder_output
 from wavg.inputs import PathLike, expand, named_steps, read_steps
 from wavg.recorded import Open, recorded_steps, recorded_weights
 
-__all__ = ["Grid", "Selection", "in_time", "select", "weigh"]
+__all__ = ["Grid", "Open", "Selection", "in_time", "newest", "select", "weigh"]
 
 _PLACEHOLDERS = {"{weights}", "{last}"}
 
@@ -125,13 +125,8 @@ def select(
     """
     paths = expand(inputs, sort=sort, output=None if output is None else os.fspath(output))
     paths, numbers = in_time(paths, steps, grid.rules, open_)
-    lasts = [len(paths) if last is None else last for last in grid.lasts]
-    for last in lasts:
-        if not 1 <= last <= len(paths):
-            raise WeightError(
-                f"last must be between 1 and {len(paths)}, the number of checkpoints, not {last}"
-            )
-    paths, numbers = paths[-max(lasts) :], numbers[-max(lasts) :]
+    most = max(_checked(last, len(paths)) for last in grid.lasts)
+    paths, numbers = paths[-most:], numbers[-most:]
     rows = [weigh(rule, paths[-n:], numbers[-n:], open_) for rule, n in grid.cells(len(paths))]
     used = np.zeros(len(paths), np.bool_)
     used[-1] = True
@@ -143,6 +138,30 @@ def select(
         [row[used[-len(row) :]] for row in rows],
         len(paths),
     )
+
+
+def newest(
+    inputs: PathLike | Iterable[PathLike],
+    steps: Sequence[float] | None,
+    rules: Sequence[schedules.Schedule],
+    sort: bool | None,
+    output: PathLike | None,
+    last: int | None,
+    open_: Open,
+) -> tuple[list[str], tuple[float, ...]]:
+    """Return the newest checkpoints, all by default, oldest first, and their steps."""
+    paths = expand(inputs, sort=sort, output=None if output is None else os.fspath(output))
+    paths, numbers = in_time(paths, steps, rules, open_)
+    count = _checked(last, len(paths))
+    return paths[-count:], numbers[-count:]
+
+
+def _checked(last: int | None, count: int) -> int:
+    if last is not None and not 1 <= last <= count:
+        raise WeightError(
+            f"last must be between 1 and {count}, the number of checkpoints, not {last}"
+        )
+    return last or count
 
 
 def in_time(

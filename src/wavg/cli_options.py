@@ -1,0 +1,189 @@
+"""What the command line's commands share: options, their types, and the words of figures."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any
+
+from wavg.alignment import ALIGNMENTS
+from wavg.dtypes import DTYPES
+from wavg.plan import parse_size
+
+__all__ = [
+    "add_command",
+    "add_direction",
+    "add_inputs",
+    "add_json",
+    "add_metrics",
+    "add_opaque",
+    "add_tensors",
+    "bytes_of",
+    "count_of",
+    "numbers",
+    "positive",
+    "shard_size",
+    "size",
+]
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
+) -> argparse.ArgumentParser:
+    """Begin a command; `run` is called with its options."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example: {example.strip()}",
+    )
+    command.set_defaults(run=run, command=command)
+    command._negative_number_matcher = re.compile(r"-[\d.].*")  # so that -1,2 is no option
+    return command
+
+
+def add_inputs(command: argparse.ArgumentParser) -> None:
+    """Add the checkpoints, and what says their order."""
+    add = command.add_argument
+    add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
+    add(
+        "--steps",
+        type=numbers,
+        metavar="A,B,...",
+        help="the checkpoints' steps (default: by name, else by metadata)",
+    )
+    add(
+        "--order",
+        choices=("natural", "given"),
+        default="natural",
+        help="sort inputs (model_9 before model_10) or keep them as given (default: %(default)s)",
+    )
+
+
+def add_tensors(command: argparse.ArgumentParser) -> None:
+    """Add what is averaged, and how files are read."""
+    add = command.add_argument
+    add("--include", action="append", default=[], metavar="GLOB", help="average only these tensors")
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="take these tensors from the newest checkpoint",
+    )
+    add(
+        "--align",
+        choices=ALIGNMENTS,
+        default="name",
+        help="which tensors belong together: those of one name, or of one position, for runs whose "
+        "automatic names differ (default: %(default)s)",
+    )
+    floats = [entry.name for entry in DTYPES if entry.kind == "float"]
+    add(
+        "--dtype",
+        choices=floats,
+        metavar="D",
+        help="write averaged tensors in this format: " + ", ".join(floats[:4]) + " ...",
+    )
+    add("--allow-nonfinite", action="store_true", help="let NaN and infinities through")
+    add_opaque(command)
+
+
+def add_direction(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add which score is better: ``maximize`` is True, False, or None where nothing was said."""
+    group = command.add_mutually_exclusive_group(required=required)
+    group.add_argument(
+        "--maximize", action="store_true", default=None, help="higher is better (an accuracy)"
+    )
+    group.add_argument(
+        "--minimize", dest="maximize", action="store_false", help="lower is better (a loss)"
+    )
+
+
+def add_metrics(command: argparse.ArgumentParser) -> None:
+    """Add a table of recorded metrics."""
+    add = command.add_argument
+    add(
+        "--metrics",
+        metavar="FILE",
+        help="a .json or .csv of recorded metrics by name, step or epoch, such as Keras' CSVLogger "
+        "writes",
+    )
+    add("--metric", metavar="COLUMN", help="which metric, where FILE has several")
+    add(
+        "--first-epoch",
+        type=int,
+        choices=(0, 1),
+        help="what the checkpoints' names call the first epoch of a FILE that counts from 0, where "
+        "that is not plain",
+    )
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_opaque(command: argparse.ArgumentParser) -> None:
+    """Add how files of HDF5 are looked into."""
+    command.add_argument(
+        "--opaque-dtype", choices=("bfloat16",), help="what unnamed two-byte values of a .h5 are"
+    )
+    command.add_argument(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look into HDF5 files in a process of its own, which a hostile file may crash",
+    )
+
+
+def positive(text: str) -> int:
+    """Read a count."""
+    number = int(text)
+    if not 1 <= number <= 1_000_000:
+        raise ValueError
+    return number
+
+
+def numbers(text: str) -> list[float]:
+    """Read numbers with commas."""
+    return [float(part) for part in text.split(",")]
+
+
+def size(text: str) -> int:
+    """Read a size in bytes."""
+    return parse_size(text)
+
+
+def shard_size(text: str) -> int:
+    """Read a size of at least a byte."""
+    size = parse_size(text)
+    if size < 1:
+        raise ValueError
+    return size
+
+
+for _type, _name in (
+    (positive, "whole number from 1 to 1,000,000"),
+    (numbers, "list of numbers"),
+    (size, "size"),
+    (shard_size, "size above zero"),
+):
+    _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def bytes_of(number: int) -> str:
+    """Return a size in words."""
+    size = float(number)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -1,0 +1,202 @@
+"""The commands that run experiments: ``wavg sweep`` and ``wavg soup``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from wavg.cli_options import (
+    add_command,
+    add_direction,
+    add_inputs,
+    add_json,
+    add_metrics,
+    add_tensors,
+    bytes_of,
+    count_of,
+    positive,
+    size,
+)
+from wavg.cli_weights import known
+from wavg.soup import soup
+from wavg.sweep import sweep
+
+__all__ = ["add_soup", "add_sweep"]
+
+_PASSED_ON = (
+    "evaluate_command",
+    "timeout",
+    "maximize",
+    "last",
+    "steps",
+    "dtype",
+    "include",
+    "exclude",
+    "align",
+    "allow_nonfinite",
+    "opaque_dtype",
+    "isolate",
+    "output",
+    "overwrite",
+    "journal",
+)
+
+
+def add_sweep(commands: Any) -> None:
+    """Add ``wavg sweep``."""
+    command = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        "score the newest n checkpoints averaged, for n = 1 ... N, by one or several schedules",
+        """\
+            wavg sweep run/model_*.h5 --evaluate score:accuracy --maximize --weights equal
+            --weights linear -o best.h5, where score.py in this folder has def accuracy(tensors):
+            of a dict of arrays""",
+    )
+    _add_evaluation(command)
+    add = command.add_argument
+    add(
+        "--weights",
+        action="append",
+        metavar="SPEC",
+        help=f"{known()} (default: equal); several times: a line each",
+    )
+    add("-o", "--output", metavar="OUTPUT", help="write the best average here")
+    add("--csv", metavar="FILE", help="write the scores here")
+    add("--plot", metavar="FILE", help="draw them here: .png, .svg, .pdf (needs matplotlib)")
+    add(
+        "--max-memory",
+        type=size,
+        metavar="SIZE",
+        help="the most that running sums take, in memory, or on disk for a command; with less the "
+        "checkpoints are read more often (default: four sums, or 256MiB if that is more)",
+    )
+    _add_common(command)
+
+
+def add_soup(commands: Any) -> None:
+    """Add ``wavg soup``."""
+    command = add_command(
+        commands,
+        "soup",
+        _soup,
+        "average those checkpoints that do not make the average's score worse, best first",
+        """\
+            wavg soup run/*.h5 --evaluate-command "python score.py {}" --minimize -o soup.h5""",
+    )
+    _add_evaluation(command)
+    add = command.add_argument
+    add(
+        "--budget",
+        type=positive,
+        metavar="N",
+        help="the most evaluations in all: each checkpoint alone, then the soup with each",
+    )
+    add_metrics(command)
+    add("-o", "--output", metavar="OUTPUT", help="write the soup here")
+    _add_common(command)
+
+
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    add_inputs(command)
+    how = command.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        help="a Python function of a model's tensors (a dict of arrays) that returns its score, or "
+        "an array of the scores of single examples; modules of the current folder are found",
+    )
+    how.add_argument(
+        "--evaluate-command",
+        metavar="COMMAND",
+        help="a command that scores the checkpoint {}, run without a shell; the last number it "
+        "prints is the score",
+    )
+    add_direction(command, required=True)
+    add = command.add_argument
+    add("--timeout", type=float, metavar="SECONDS", help="end a COMMAND that takes longer")
+    add("--last", type=positive, metavar="N", help="only the newest N")
+    add(
+        "--journal",
+        metavar="FILE",
+        help="remember every score here; the same command goes on from there after a stop",
+    )
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    add_tensors(command)
+    command.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_json(command)
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        **{name: getattr(options, name) for name in _PASSED_ON},
+        "sort": options.order == "natural",
+        "progress": not (options.quiet or options.json),
+    }
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    if options.plot:
+        _refuse_plot(options.plot)
+    with contextlib.redirect_stdout(sys.stderr):  # what an evaluator prints is no result
+        result = sweep(
+            options.inputs,
+            options.evaluate,
+            weights=options.weights or "equal",
+            max_memory=options.max_memory,
+            **_arguments(options),
+        )
+    if options.csv:
+        result.to_csv(options.csv)
+    if options.json:
+        print(result.to_json(), end="")
+    elif not options.quiet:
+        print(result)
+        print(
+            f"{bytes_of(result.bytes_read)} read in {count_of(result.passes, 'pass')}, "
+            f"with {count_of(result.sums, 'running sum')}"
+        )
+    best = result.best  # an error if nothing could be scored
+    if options.plot:
+        result.plot(options.plot)
+    if not (options.quiet or options.json):
+        for path in filter(None, (options.output, options.csv, options.plot)):
+            print(f"wrote {path}")
+        if not options.output:
+            spec = f"--weights {best.weights} --last {best.n}"
+            print(f"to write the best: wavg average INPUT... -o OUTPUT {spec}")
+
+
+def _refuse_plot(path: str) -> None:
+    """Raise an error before a long work if there will be no picture."""
+    from wavg.sweep_picture import require
+
+    require(path)
+
+
+def _soup(options: argparse.Namespace) -> None:
+    if not options.metrics and (options.metric or options.first_epoch is not None):
+        options.command.error("--metric and --first-epoch are of a file that --metrics names")
+    with contextlib.redirect_stdout(sys.stderr):
+        result = soup(
+            options.inputs,
+            options.evaluate,
+            budget=options.budget,
+            metrics=options.metrics,
+            metric=options.metric,
+            first_epoch=options.first_epoch,
+            **_arguments(options),
+        )
+    if options.json:
+        print(result.to_json(), end="")
+    elif not options.quiet:
+        print(result)
+        print(f"{bytes_of(result.bytes_read)} read")
+        if options.output:
+            print(f"wrote {options.output}")
