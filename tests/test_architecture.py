@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "outputs": "checkpoint errors formats opening plan publish record sinks templates",
     "files": "checkpoint errors formats grid inputs opening outputs plan publish record sinks "
     "stream weights",
-    "verify": "checkpoint errors files formats inputs opening plan record stream",
+    "verification": "checkpoint errors files formats inputs opening plan record stream",
     "structure": "arrays tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
@@ -78,16 +78,16 @@ MAY_IMPORT = {
     "errors",
     "sweep_picture": "errors",
     "results": "evaluation inputs scoring sweep_picture errors",
-    "sweep": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
+    "sweeps": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
     "subjects prefix_sums weights errors",
     "selection": "formats grid inputs errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
-    "soup": "evaluation files formats greedy grid inputs journal outputs scoring selection "
+    "soups": "evaluation files formats greedy grid inputs journal outputs scoring selection "
     "subjects errors",
     "demo": FACE,
     "picture": "errors weights",
     "cli_options": "alignment plan",
-    "cli_sweep": "cli_options cli_weights soup sweep sweep_picture",
+    "cli_sweep": "cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture weights",
     "cli": "cli_options cli_sweep cli_weights files formats grid kernel record selection demo "
     f"weights errors inputs plan {FACE}",
@@ -97,6 +97,9 @@ MAY_IMPORT["__init__"] = " ".join(
     MAY_IMPORT.keys() - {"cli", "cli_options", "cli_sweep", "cli_weights", "demo"}
 )
 MAY_IMPORT["__main__"] = "cli"
+
+# What only some programs need, imported when it is first asked for.
+LATER = {"streaming", "results", "sweeps", "soups", "selection", "verification"}
 
 HEAVY = {"h5py", "ml_dtypes", "tqdm", "matplotlib", "safetensors"}
 
@@ -169,10 +172,10 @@ def test_the_reading_of_imports_sees_planted_ones(name, source, expected):
 
 
 def modules_after(statement):
-    """The top-level modules that a fresh interpreter has after a statement."""
+    """The modules that a fresh interpreter has after a statement."""
     code = f"import sys, json; {statement}; print(json.dumps([*sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
-    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    return {*json.loads(done.stdout.splitlines()[-1])}
 
 
 @pytest.mark.parametrize(
@@ -187,10 +190,12 @@ def test_importing_loads_numpy_and_nothing_heavier(statement):
     loaded = modules_after(statement)
     assert "numpy" in loaded
     assert not loaded & HEAVY
+    assert not loaded & {f"wavg.{name}" for name in LATER}
 
 
 def test_the_look_at_loaded_modules_sees_a_planted_one():
     assert modules_after("import tqdm") & HEAVY == {"tqdm"}
+    assert "wavg.sweeps" in modules_after("import wavg; wavg.sweep")
 
 
 # The public face
@@ -205,7 +210,7 @@ def test_all_names_what_is_exported_and_in_order():
         name
         for name, value in vars(wavg).items()
         if (not name.startswith("_") and not isinstance(value, ModuleType))
-        or name in ("average", "soup", "sweep")  # the functions, not the modules
+        or name == "average"  # the function, not the module
     }
     assert set(wavg.__all__) == public
     assert wavg.__all__ == sorted(wavg.__all__)

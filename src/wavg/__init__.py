@@ -5,6 +5,9 @@
 [array(2.), array(3.)]
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from wavg._version import __version__ as __version__
 from wavg.average import average
 from wavg.checkpoint import Checkpoint
@@ -23,12 +26,6 @@ from wavg.errors import (
 from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_average, save
 from wavg.plan import Plan
 from wavg.record import Record, Source
-from wavg.results import Score, Sweep
-from wavg.selection import best_checkpoints
-from wavg.soup import Soup, Trial, soup
-from wavg.streaming import StreamingAverager
-from wavg.sweep import sweep
-from wavg.verify import Verification, verify
 from wavg.weights import (
     Schedule,
     bema,
@@ -48,6 +45,14 @@ from wavg.weights import (
     schedule_free,
     wsm,
 )
+
+if _TYPE_CHECKING:
+    from wavg.results import Score, Sweep
+    from wavg.selection import best_checkpoints
+    from wavg.soups import Soup, Trial, soup
+    from wavg.streaming import StreamingAverager
+    from wavg.sweeps import sweep
+    from wavg.verification import Verification, verify
 
 __all__ = [
     "Checkpoint",
@@ -99,3 +104,30 @@ __all__ = [
     "verify",
     "wsm",
 ]
+
+# Not every program needs these: they are imported when they are first asked for.
+_LATER = {
+    "Score": "results",
+    "Soup": "soups",
+    "StreamingAverager": "streaming",
+    "Sweep": "results",
+    "Trial": "soups",
+    "Verification": "verification",
+    "best_checkpoints": "selection",
+    "soup": "soups",
+    "sweep": "sweeps",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -43,7 +43,6 @@ from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan
 from wavg.record import KEY, Record
-from wavg.selection import best_checkpoints
 from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
@@ -330,7 +329,7 @@ def _choose(options: argparse.Namespace) -> None:
     natural = options.order == "natural"
     open_ = partial(open_file, opaque_dtype=options.opaque_dtype, isolate=options.isolate)
     paths, steps = newest(options.inputs, options.steps, (), natural, options.output, None, open_)
-    best = best_checkpoints(
+    best = wavg.best_checkpoints(
         paths,
         options.metrics,
         best=options.best,

@@ -20,8 +20,6 @@ from wavg.cli_options import (
     size,
 )
 from wavg.cli_weights import known
-from wavg.soup import soup
-from wavg.sweep import sweep
 
 __all__ = ["add_soup", "add_sweep"]
 
@@ -142,6 +140,8 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    from wavg.sweeps import sweep
+
     if options.plot:
         _refuse_plot(options.plot)
     with contextlib.redirect_stdout(sys.stderr):  # what an evaluator prints is no result
@@ -181,6 +181,8 @@ def _refuse_plot(path: str) -> None:
 
 
 def _soup(options: argparse.Namespace) -> None:
+    from wavg.soups import soup
+
     if not options.metrics and (options.metric or options.first_epoch is not None):
         options.command.error("--metric and --first-epoch are of a file that --metrics names")
     with contextlib.redirect_stdout(sys.stderr):
