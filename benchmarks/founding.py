@@ -17,7 +17,7 @@ import argparse
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -71,7 +71,7 @@ def train(way: str, seed: int, x, labels, folder: Path, epochs: int, keep: int) 
 
 
 def probabilities(tensors, x) -> np.ndarray:
-    """What Keras' predict does, in NumPy."""
+    """Do what Keras' predict does, in NumPy."""
     hidden, hidden_bias, output, output_bias = tensors
     scores = np.maximum(x @ hidden + hidden_bias, 0) @ output + output_bias
     exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -110,18 +110,23 @@ def one_run(way: str, seed: int, folder: Path, epochs: int, keep: int) -> dict:
         return float(-np.log(np.maximum(each, 1e-7)).mean())
 
     paths = [str(folder / f"model_{epoch}.h5") for epoch in range(epochs - keep + 1, epochs + 1)]
-    rules = list(dict.fromkeys((*SCHEDULES, *map(exponential, ALPHAS))))
-    swept = wavg.sweep(paths, right, maximize=True, weights=rules)
+    swept = wavg.sweep(paths, right, maximize=True, weights=list(SCHEDULES))
     ends = {
         end: wavg.average_checkpoints(paths[:end], weights=list(SCHEDULES), last=TEN)
         for end in range(TEN, keep + 1, TEN)
     }
-    whole = wavg.average_checkpoints(paths, weights=list(SCHEDULES))
+    whole = wavg.average_checkpoints(paths, weights=["equal", "linear", *map(exponential, ALPHAS)])
     return {
         "way": way,
         "seed": seed,
-        "right": {name: _text(values) for name, values in _series(swept, SCHEDULES)},
-        "right_by_alpha": {str(a): int(_of(swept, exponential(a))[-1]) for a in ALPHAS},
+        "right": {
+            "alone": _text(score.score for score in swept.singles),
+            **{
+                rule: _text(score.score for score in swept.averages if score.weights == rule)
+                for rule in SCHEDULES
+            },
+        },
+        "right_by_alpha": dict(zip(map(str, ALPHAS), map(right, whole[2:]), strict=True)),
         "right_by_end": {
             rule: _text(right(models[position]) for models in ends.values())
             for position, rule in enumerate(SCHEDULES)
@@ -129,24 +134,13 @@ def one_run(way: str, seed: int, folder: Path, epochs: int, keep: int) -> dict:
         "loss": {
             "newest": round(loss(wavg.load(paths[-1])), 5),
             "ten": [round(loss(model), 5) for model in ends[keep]],
-            "all": [round(loss(model), 5) for model in whole],
+            "all": [round(loss(model), 5) for model in whole[:2]],
         },
     }
 
 
 def exponential(alpha: float) -> str:
     return f"exponential:alpha={alpha:g}"
-
-
-def _series(sweep, rules) -> Iterator[tuple[str, list]]:
-    """Yield scores for n = 1 … : of the n-th newest alone, and of averages of the newest n."""
-    yield "alone", [score.score for score in sweep.singles]
-    for rule in rules:
-        yield rule, _of(sweep, rule)
-
-
-def _of(sweep, rule: str) -> list:
-    return [score.score for score in sweep.averages if score.weights == rule]
 
 
 def _text(counts: Iterable[float]) -> str:

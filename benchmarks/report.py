@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import founding_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
-    ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "keras", "reliability")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("performance", "memory", "keras", "reliability", "founding")
 )
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -272,7 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
         differences,
         largest,
     )
-}
+} | founding_tables.TABLES
 
 
 def filled(text: str) -> str:
@@ -322,6 +325,7 @@ def main() -> None:
             page.write_text(right)
     if not options.check:
         draw()
+        founding_tables.draw(ROOT / "docs")
 
 
 if __name__ == "__main__":
