@@ -126,15 +126,15 @@ def one_run(way: str, seed: int, folder: Path, epochs: int, keep: int) -> dict:
                 for rule in SCHEDULES
             },
         },
-        "right_by_alpha": dict(zip(map(str, ALPHAS), map(right, whole[2:]), strict=True)),
+        "right_by_alpha": _text(map(right, whole[2:])),
         "right_by_end": {
             rule: _text(right(models[position]) for models in ends.values())
             for position, rule in enumerate(SCHEDULES)
         },
         "loss": {
-            "newest": round(loss(wavg.load(paths[-1])), 5),
-            "ten": [round(loss(model), 5) for model in ends[keep]],
-            "all": [round(loss(model), 5) for model in whole[:2]],
+            "newest": _text([loss(wavg.load(paths[-1]))], ".5f"),
+            "ten": _text(map(loss, ends[keep]), ".5f"),
+            "all": _text(map(loss, whole[:2]), ".5f"),
         },
     }
 
@@ -143,9 +143,9 @@ def exponential(alpha: float) -> str:
     return f"exponential:alpha={alpha:g}"
 
 
-def _text(counts: Iterable[float]) -> str:
+def _text(values: Iterable[float], form: str = ".0f") -> str:
     """One line in the JSON, not a hundred."""
-    return " ".join(f"{count:.0f}" for count in counts)
+    return " ".join(format(value, form) for value in values)
 
 
 def main() -> None:
@@ -164,7 +164,12 @@ def main() -> None:
             runs.append(one_run(way, seed, folder, options.epochs, options.keep))
             newest = {name: line.split()[9] for name, line in runs[-1]["right"].items()}
             print(f"{way}, seed {seed}: of 10: {newest}", flush=True)
-    figures = {"epochs": options.epochs, "held_out": POINTS - TRAINED, "runs": runs}
+    figures = {
+        "epochs": options.epochs,
+        "held_out": POINTS - TRAINED,
+        "alphas": ALPHAS,
+        "runs": runs,
+    }
     record("founding", "of no matter", figures, options.output)
 
 

@@ -324,8 +324,10 @@ def main() -> None:
         if not options.check:
             page.write_text(right)
     if not options.check:
+        from founding_pictures import draw as draw_founding
+
         draw()
-        founding_tables.draw(ROOT / "docs")
+        draw_founding(ROOT / "docs")
 
 
 if __name__ == "__main__":
