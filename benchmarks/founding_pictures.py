@@ -63,7 +63,8 @@ def gains() -> plt.Figure:
     figure, axes = plt.subplots(
         3, 3, figsize=(12, 9), sharex=True, sharey="row", constrained_layout=True
     )
-    counts = np.arange(1, scores(WAYS[0], "alone").shape[1] + 1)
+    count = scores(WAYS[0], "alone").shape[1]
+    counts = np.unique(np.geomspace(1, count, 36).round().astype(int))
     for column, way in zip(axes.T, WAYS, strict=True):
         column[0].set_title(way)
         for axis, over in zip(column, ("newest", "mean"), strict=False):

@@ -37,6 +37,14 @@ def test_the_published_ranges_are_those_the_page_names(tables):
     assert (min(alone), max(alone), min(averages), max(averages)) == (802, 814, 807, 815)
 
 
+def test_the_published_run_is_one_of_ours_its_models_farther_apart_than_most(tables):
+    alone = tables.scores(PUBLISHED, "alone")[:, :10]
+    theirs = np.array(tables.PUBLISHED["alone"])
+    assert alone.min() <= theirs.min() <= theirs.max() <= alone.max()
+    assert 0 < (np.ptp(alone, axis=1) >= np.ptp(theirs)).mean() < 0.3
+    assert np.ptp(alone, axis=0).min() > np.median(np.ptp(alone, axis=1))  # seeds, and epochs
+
+
 @pytest.mark.parametrize("way", [PUBLISHED, ANEW])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_in_a_settled_run_ten_change_next_to_nothing(tables, way, name):
