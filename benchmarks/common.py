@@ -177,6 +177,7 @@ def machine(cache: str) -> dict:
         "mergekit",
         "keras",
         "jax",
+        "scikit-learn",
     )
     installed = {
         found.metadata["Name"].lower(): found.version for found in metadata.distributions()
@@ -194,11 +195,11 @@ def machine(cache: str) -> dict:
     }
 
 
-def record(name: str, cache: str, figures: object) -> None:
+def record(name: str, cache: str, figures: object, folder: Path = RESULTS) -> None:
     """Keep figures as JSON beside what they depend on."""
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     content = {"machine": machine(cache), "figures": figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def figures_of(name: str) -> dict:

@@ -16,11 +16,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import founding_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = tuple(
-    ROOT / "docs" / f"{name}.md"
-    for name in ("performance", "memory", "keras", "reliability", "weights", "streaming", "sweep")
+    page
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if "<!-- table: " in page.read_text("utf-8")
 )
 PLOT = ROOT / "docs" / "performance.svg"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -340,7 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
         posthoc,
         sweep,
     )
-}
+} | founding_tables.TABLES
 
 
 def filled(text: str) -> str:
@@ -389,7 +392,10 @@ def main() -> None:
         if not options.check:
             page.write_text(right)
     if not options.check:
+        from founding_pictures import draw as draw_founding
+
         draw()
+        draw_founding(ROOT / "docs")
 
 
 if __name__ == "__main__":
