@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -196,10 +197,11 @@ def machine(cache: str) -> dict:
 
 
 def record(name: str, cache: str, figures: object, folder: Path = RESULTS) -> None:
-    """Keep figures as JSON beside what they depend on."""
+    """Keep figures as JSON beside what they depend on, a list of numbers on one line."""
     folder.mkdir(exist_ok=True)
-    content = {"machine": machine(cache), "figures": figures}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps({"machine": machine(cache), "figures": figures}, indent=2)
+    text = re.sub(r"\[[-\d.e,\s]+\]", lambda found: " ".join(found[0].split()), text)
+    (folder / f"{name}.json").write_text(text + "\n")
 
 
 def figures_of(name: str) -> dict:
