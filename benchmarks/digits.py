@@ -22,6 +22,7 @@ import argparse
 import functools
 import itertools
 import multiprocessing
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -252,10 +253,12 @@ def main() -> None:
         for done in pool.map(one_seed, seeds, rates, itertools.repeat(options.steps)):
             found.append(done)
             print(f"{len(found)} of {len(tasks)}: {time.perf_counter() - begin:.0f} s", flush=True)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     by_rate = [found[i : i + options.seeds] for i in range(0, len(found), options.seeds)]
+    choosing = max(1, options.seeds // 4)
     figures = {
         "steps": options.steps,
-        "choosing_seeds": max(1, options.seeds // 4),  # the first so many
+        "choosing_seeds": choosing,  # the first so many
         "rates": list(options.rates),
         "scores": {
             arm: {
@@ -265,10 +268,14 @@ def main() -> None:
             for arm in found[0][0]
         },
         "along": {
-            name: [np.mean([run[1][name] for run in runs], 0).round(5).tolist() for runs in by_rate]
+            name: [
+                np.mean([run[1][name] for run in runs[choosing:]], 0).round(5).tolist()
+                for runs in by_rate
+            ]
             for name in found[0][1]
         },
         "seconds": round(time.perf_counter() - begin, 1),
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "workers": options.workers,
         "load_before": load,
     }

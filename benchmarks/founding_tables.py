@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tabular import table
 
 ROOT = Path(__file__).parent.parent
 SCHEDULES = {"equal": "equal", "linear": "linear", "exponential": "exponential:alpha=2"}
@@ -81,11 +82,6 @@ def told(values: np.ndarray, digits: int = 1) -> str:
 
 def share(values: np.ndarray) -> str:
     return f"{values.mean():.0%}"
-
-
-def table(header: str, rows: Iterator[str]) -> str:
-    columns = header.count("|") + 1
-    return "\n".join([f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows)])
 
 
 def founding_one() -> str:

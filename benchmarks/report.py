@@ -1,4 +1,4 @@
-"""Put the recorded figures into the pages of docs that have tables of them, and draw the plot.
+"""Put the recorded figures into the pages of docs that have tables of them, and draw the plots.
 
     python benchmarks/report.py [--check]
 
@@ -16,7 +16,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import digits_tables
 import founding_tables
+from tabular import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,11 +38,6 @@ def figures(name: str) -> dict:
 
 def seconds(times: list[float]) -> str:
     return f"{statistics.median(times):.2f} s"
-
-
-def table(header: str, rows: Iterator[str]) -> str:
-    columns = header.count("|") + 1
-    return "\n".join([f"| {header} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows)])
 
 
 def machine() -> str:
@@ -343,7 +340,7 @@ TABLES: dict[str, Callable[[], str]] = {
         posthoc,
         sweep,
     )
-} | founding_tables.TABLES
+} | founding_tables.TABLES | digits_tables.TABLES
 
 
 def filled(text: str) -> str:
@@ -396,6 +393,7 @@ def main() -> None:
 
         draw()
         draw_founding(ROOT / "docs")
+        digits_tables.draw()
 
 
 if __name__ == "__main__":
