@@ -1,6 +1,6 @@
 """Averaging against letting the learning rate fall: a small CNN on 1,797 handwritten digits.
 
-    python benchmarks/digits.py [--seeds 20] [--steps 3000] [--workers 2] [--output FILE]
+    python benchmarks/digits.py [--seeds 20] [--steps 3000] [--workers 2] [--output FOLDER]
 
 Needs JAX, and scikit-learn for the digits. For each seed and each learning rate of a grid a CNN is
 trained at that rate throughout and saved a hundred times on its way; from the same checkpoints the
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="of each run; a multiple of 100")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS / "digits.json")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of digits.json")
     options = parser.parse_args()
     if options.steps % KEPT or options.seeds < 2:
         parser.error("steps must be a multiple of 100, and seeds at least two")
