@@ -340,7 +340,8 @@ TABLES: dict[str, Callable[[], str]] = {
         posthoc,
         sweep,
     )
-} | founding_tables.TABLES | digits_tables.TABLES
+}
+TABLES |= founding_tables.TABLES | digits_tables.TABLES
 
 
 def filled(text: str) -> str:
