@@ -4,6 +4,7 @@ sweep survives what evaluators do."""
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 
 import numpy as np
 import pytest
+import tqdm
 
 import hf_folders
 import wavg
@@ -337,7 +339,7 @@ def test_a_terminal_shows_how_far_it_is_and_the_best_so_far(run, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    monkeypatch.setattr("tqdm.tqdm", functools.partial(tqdm.tqdm, mininterval=0))
     wavg.sweep(run, lambda m: m["scalar"], maximize=False, progress=True, last=2)
     shown = sys.stderr.getvalue()
     assert "3/3" in shown
