@@ -285,12 +285,26 @@ def test_a_folder_follows_links_the_umask_and_the_folder_replaced(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "real").st_mode) == 0o705
 
 
-def test_a_folder_published_is_withdrawn_unless_it_replaced_another(tmp_path):
-    for overwrite in (False, True):
-        with AtomicFolder(f"{tmp_path}/out", overwrite=overwrite) as folder:
-            folder.commit()
-            folder.withdraw()
-        assert os.listdir(tmp_path) == ["out"] * overwrite
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_what_was_published_can_be_withdrawn(tmp_path, kind, overwrite):
+    with kind(f"{tmp_path}/out", overwrite=overwrite) as made:
+        made.commit()
+        assert os.listdir(tmp_path).count("out") == 1
+        assert made.withdraw()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_was_replaced_comes_back_when_that_is_withdrawn(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    old_folder(tmp_path / "folder")
+    for name, kind in (("file", AtomicFile), ("folder", AtomicFolder)):
+        with kind(f"{tmp_path}/{name}", overwrite=True) as made:
+            made.commit()
+            assert made.withdraw()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert contents(tmp_path / "folder") == {"a": b"old"}
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 FOLDER_SITES = ["mkdir", "ftruncate", "pwrite", "fsync", "open", "listdir", "scandir"]

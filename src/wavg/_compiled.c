@@ -373,7 +373,8 @@ PyDoc_STRVAR(settle_doc,
 "read into it.\n\n"
 "Return (first, stop, finite): the block holds a portion, the columns from first to stop, packed,\n"
 "as do the flags; all columns before are done. Not finite: then the portion's outs hold nothing.\n"
-"Both are B when all is done. Raise EOFError with the input whose file ends before its numbers.");
+"Both are B when all is done. Raise EOFError with the input whose file ends before its numbers,\n"
+"OSError with errno, text and the input where one cannot be read.");
 
 static PyObject *settle(PyObject *self, PyObject *args)
 {
@@ -420,6 +421,7 @@ static PyObject *settle(PyObject *self, PyObject *args)
     }
     enum outcome outcome = SETTLED;
     Py_ssize_t input = 0;
+    int failure = 0;
     fenv_t environment;
     Py_BEGIN_ALLOW_THREADS
     /* Some libraries have the processor take subnormal numbers for zero. */
@@ -431,6 +433,7 @@ static PyObject *settle(PyObject *self, PyObject *args)
         if (reads)
             outcome = fill(&job, buffers[DESCRIPTORS].buf, buffers[OFFSETS].buf, first,
                            stop - first, &input);
+        failure = errno;
         if (outcome == SETTLED && !settle_portion(&job, sums, first, stop - first))
             outcome = NOT_FINITE;
         for (Py_ssize_t output = 0; outcome == SETTLED && output < job.outputs; output++)
@@ -441,9 +444,12 @@ static PyObject *settle(PyObject *self, PyObject *args)
     }
     fesetenv(&environment);
     Py_END_ALLOW_THREADS
-    if (outcome == READ_FAILED)
-        PyErr_SetFromErrno(PyExc_OSError);
-    else if (outcome == FILE_ENDED) {
+    if (outcome == READ_FAILED) {
+        PyObject *details = Py_BuildValue("isn", failure, strerror(failure), input);
+        if (details != NULL)
+            PyErr_SetObject(PyExc_OSError, details);
+        Py_XDECREF(details);
+    } else if (outcome == FILE_ENDED) {
         PyObject *number = PyLong_FromSsize_t(input);
         PyErr_SetObject(PyExc_EOFError, number);
         Py_XDECREF(number);

@@ -6,6 +6,7 @@ format has to provide. It knows no format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -21,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.dtypes import DType, lookup
-from wavg.errors import CheckpointChangedError, CheckpointFormatError, WavgError
+from wavg.errors import CheckpointChangedError, CheckpointFormatError, InputError, WavgError
 from wavg.extents import Extent
+from wavg.positional import read_exactly
 
 __all__ = [
     "BlockReader",
@@ -36,7 +38,7 @@ __all__ = [
     "crc32",
     "has_array",
     "identify",
-    "read_exactly",
+    "reading",
 ]
 
 Array = npt.NDArray[Any]
@@ -292,8 +294,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
             if self._block_reader is None:
                 raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
             self._block_reader.read(spec, start, out)
-        elif not read_exactly(*self.place(spec, start), out):
-            raise self.ends_within(spec)
+            return
+        with reading(self.path_of(spec)):
+            if not read_exactly(*self.place(spec, start), out):
+                raise self.ends_within(spec)
 
     def place(self, spec: TensorSpec, start: int) -> tuple[int, int]:
         """Return descriptor and offset of a tensor's element `start`, for positional reading."""
@@ -303,9 +307,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
         file, offset, _ = spec.extent
         return self._descriptors[file], offset + start * max(1, spec.entry.itemsize)
 
+    def path_of(self, spec: TensorSpec) -> str:
+        """Return the path of the file that a tensor's bytes are in."""
+        return self.index.files[spec.extent.file].path if spec.extent else self.path
+
     def ends_within(self, spec: TensorSpec) -> CheckpointFormatError:
         """Return the error of a file that ends before a tensor does."""
-        path = self.index.files[spec.extent.file].path if spec.extent else self.path
+        path = self.path_of(spec)
         return CheckpointFormatError(
             f"{path}: the file ends within {spec.name}", path=path, tensor=spec.name
         )
@@ -325,7 +333,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             The bytes are not those the checksum was made of.
         """
         path = self.index.files[checksum.extent.file].path
-        value = crc32(self._descriptors[checksum.extent.file], checksum.extent, stop)
+        with reading(path):
+            value = crc32(self._descriptors[checksum.extent.file], checksum.extent, stop)
         if value != checksum.value and not (stop is not None and stop.is_set()):
             raise CheckpointFormatError(
                 f"{path}: {checksum.name} is damaged: its bytes do not give the CRC-32 that the "
@@ -337,8 +346,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def sha256(self, file: int, stop: threading.Event) -> str:
         """Read one of the files whole and return its SHA-256; once `stop` is set, any other."""
         digest = hashlib.sha256()
-        for data in _in_pieces(self._descriptors[file], 0, self.index.files[file].size, stop):
-            digest.update(data)
+        identity = self.index.files[file]
+        with reading(identity.path):
+            for data in _in_pieces(self._descriptors[file], 0, identity.size, stop):
+                digest.update(data)
         return digest.hexdigest()
 
     def verify_unchanged(self) -> None:
@@ -374,16 +385,16 @@ def identify(path: str) -> FileIdentity:
     return _identity(path, status)
 
 
-def read_exactly(descriptor: int, offset: int, out: Array) -> bool:
-    """Fill a contiguous array from a file's bytes at `offset`; False if the file ends before."""
-    view = out.reshape(-1).view(np.uint8).data
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Have what the system refuses of an open file name it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WavgError):
+            raise
+        why = error.strerror or error
+        raise InputError(f"cannot read {path}: {why}", path=path, errno=error.errno) from error
 
 
 def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:

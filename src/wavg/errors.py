@@ -8,9 +8,11 @@
     ├── StructureMismatchError  (ValueError)       the inputs do not hold the same tensors
     ├── WeightError             (ValueError)       a schedule or a list of weights makes no sense
     ├── NonFiniteError          (ValueError)       NaN or infinity in an input, or an overflow
+    ├── InputError              (OSError)          the system cannot read an input
     ├── OutputError             (OSError)          the output cannot be written
     │   └── OutputExistsError   (FileExistsError)  the output exists and was not to be replaced
     ├── MemoryBudgetError       (ValueError)       the work does not fit the memory allowed
+    ├── OutOfMemoryError        (MemoryError)      the system has no memory, or thread, for it
     └── MissingDependencyError  (ImportError)      an optional package is needed
 
 A missing input stays `FileNotFoundError`, a wrong argument type `TypeError`.
@@ -23,9 +25,11 @@ from typing import Any
 __all__ = [
     "CheckpointChangedError",
     "CheckpointFormatError",
+    "InputError",
     "MemoryBudgetError",
     "MissingDependencyError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "OutputError",
     "OutputExistsError",
     "StructureMismatchError",
@@ -83,6 +87,10 @@ class NonFiniteError(WavgError, ValueError):
     """NaN or infinity in an input, or a result outside the range of its dtype."""
 
 
+class InputError(WavgError, OSError):
+    """The system cannot read an input that it has opened: a failing disk, a lost network."""
+
+
 class OutputError(WavgError, OSError):
     """The output could not be written; what stood there before is untouched."""
 
@@ -93,6 +101,10 @@ class OutputExistsError(OutputError, FileExistsError):
 
 class MemoryBudgetError(WavgError, ValueError):
     """The work cannot be done within the memory allowed."""
+
+
+class OutOfMemoryError(WavgError, MemoryError):
+    """The system has no memory, or no thread, for the work; nothing was published."""
 
 
 class MissingDependencyError(WavgError, ImportError):

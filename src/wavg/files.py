@@ -34,6 +34,7 @@ from wavg.opening import (
 )
 from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
 from wavg.record import Record, Source, names_within
+from wavg.shortage import shortages
 from wavg.sinks import MemorySink
 
 if TYPE_CHECKING:
@@ -486,14 +487,15 @@ def open_checkpoint(
     ...     checkpoint["kernel"]
     <kernel: float32[2, 3]>
     """
-    with uncollected():
-        checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
-    try:
-        verify_checksums([checkpoint], available_cores())
-    except BaseException:
-        checkpoint.close()
-        raise
-    return checkpoint
+    with shortages():
+        with uncollected():
+            checkpoint = open_file(os.fspath(path), opaque_dtype=opaque_dtype, isolate=isolate)
+        try:
+            verify_checksums([checkpoint], available_cores())
+        except BaseException:
+            checkpoint.close()
+            raise
+        return checkpoint
 
 
 def load(
@@ -512,7 +514,10 @@ def load(
     >>> list(wavg.load(path).items())
     [('b', array([1.], dtype=float32)), ('a', array([0, 1]))]
     """
-    with open_checkpoint(path, opaque_dtype=opaque_dtype, isolate=isolate) as checkpoint:
+    with (
+        shortages(),
+        open_checkpoint(path, opaque_dtype=opaque_dtype, isolate=isolate) as checkpoint,
+    ):
         tensors = {name: tensor.read() for name, tensor in checkpoint.items()}
         checkpoint.verify_unchanged()
     return tensors
@@ -555,7 +560,7 @@ def save(
     # Not ascontiguousarray: it would make a zero-dimensional array one-dimensional.
     arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     specs = [_spec_of(target, name, array) for name, array in arrays.items()]
-    with outputs.new(target, specs, metadata or {}, overwrite=overwrite) as output:
+    with shortages(), outputs.new(target, specs, metadata or {}, overwrite=overwrite) as output:
         for name, array in arrays.items():
             if array.size:
                 output.sink.write(name, 0, array.reshape(-1))

@@ -316,6 +316,8 @@ class Combiner:
             As by a call.
         EOFError
             The file of the input that is its only argument ends too early.
+        OSError
+            A file cannot be read; ``filename`` is the number of the input.
         """
         inputs, portion = len(descriptors), portion_of(len(descriptors), self._source)
         if self._block.shape != (inputs, portion):

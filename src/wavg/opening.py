@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from wavg.checkpoint import Checkpoint
 from wavg.formats import open_file
+from wavg.shortage import shortages
 
 __all__ = [
     "available_cores",
@@ -52,7 +53,7 @@ def opened(
     """Open checkpoints, oldest first, so that those of one layout share what they can."""
     most = 64  # files of a checkpoint, until one has more
     _allow_open_files(most * (len(paths) + outputs))
-    with contextlib.ExitStack() as stack:
+    with shortages(), contextlib.ExitStack() as stack:
         checkpoints: list[Checkpoint] = []
         with uncollected():
             for path in paths:

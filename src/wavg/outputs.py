@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from wavg import publish
-from wavg.checkpoint import Checkpoint, Index, TensorSpec
-from wavg.errors import OutputExistsError
+from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
+from wavg.errors import OutputError, OutputExistsError
 from wavg.formats import (
     Format,
     format_of_output,
@@ -64,14 +64,15 @@ class Output(NamedTuple):
 
     def commit(self) -> None:
         """Let the files appear."""
-        done: list[AtomicFile | AtomicFolder] = []
         try:
             for made in reversed(self.published):
                 made.commit()
-                done.append(made)
-        except BaseException:
-            for made in done:  # without the file that names them they are nothing
-                made.withdraw()
+        except BaseException as error:  # without the file that names them they are nothing
+            left = [made.path for made in self.published if not made.withdraw()]
+            if left and len(self.published) > 1:
+                raise OutputError(
+                    f"{error}; {', '.join(left)} cannot be removed", path=left[0]
+                ) from error
             raise
 
 
@@ -146,7 +147,7 @@ def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:
     before = {d.spec.dtype for d in plan.averaged if d.output.dtype != d.spec.dtype}
     for path in paths:
         name = os.path.basename(path)
-        with open(path, "rb") as source:
+        with reading(path), open(path, "rb") as source:
             size = os.fstat(source.fileno()).st_size
             if name == "config.json" and before and size <= _LARGEST_CONFIG:
                 text = retyped(source.read(_LARGEST_CONFIG), before, str(plan.options.dtype))

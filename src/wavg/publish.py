@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from wavg.errors import OutputError, OutputExistsError
+from wavg.errors import OutputError, OutputExistsError, WavgError
+from wavg.positional import write_exactly
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +41,7 @@ _SYNC_BYTES = 32 << 20  # written before the disk is set to work on them
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 _SUFFIX = ".wavg-tmp"
 _NO_REPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
+_FAILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM)  # the disk, and not
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP)  # no such call, or flag
 
 
@@ -88,10 +92,15 @@ class NewFile:
         self._unsynced = 0
         self._syncer: ThreadPoolExecutor | None = None
         self._sync: Future[None] | None = None
+        self._lost: OutputError | None = None
 
     def __enter__(self) -> Self:
-        with self.failures():
-            self._create()
+        try:
+            with self.failures():
+                self._create()
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def _create(self) -> None:
@@ -104,9 +113,13 @@ class NewFile:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        """Remove what was created, and close it; neither can change what happened before."""
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.temporary)  # first: what follows may have to wait for the disk
+            if self._descriptor >= 0:
+                _remove_stray(self.temporary)  # first: what follows may have to wait for the disk
         finally:
             self._close()
 
@@ -123,11 +136,9 @@ class NewFile:
     def write(self, data: bytes | npt.NDArray[Any], offset: int) -> None:
         """Write bytes, or a contiguous array's, at an offset; threads may share this."""
         view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view("u1").data
-        done = 0
         with self.failures():
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
-            self._write_behind(done)
+            write_exactly(self._descriptor, view, offset)
+            self._write_behind(len(view))
 
     def _write_behind(self, size: int) -> None:
         """Set the disk to work while the computation goes on, rather than wait for it at the end.
@@ -150,20 +161,31 @@ class NewFile:
 
     def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
         """Copy bytes of another open file to an offset of this one."""
-        with self.failures():
-            while length:
-                data = os.pread(source, min(length, _COPY_BYTES), start)
-                if not data:
-                    raise OSError(errno.EIO, "the file copied from became shorter")
-                self.write(data, offset)
-                start, offset, length = start + len(data), offset + len(data), length - len(data)
+        while length:
+            data = os.pread(source, min(length, _COPY_BYTES), start)
+            if not data:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            self.write(data, offset)
+            start, offset, length = start + len(data), offset + len(data), length - len(data)
 
     def sync(self) -> None:
-        """Make the file durable, still under its temporary name."""
-        with self.failures():
-            if self._sync is not None:
-                self._sync.result()
-            os.fsync(self._descriptor)
+        """Make the file durable, still under its temporary name.
+
+        Once it failed it fails: the system drops what it could not write, tells it once, and would
+        say of a second try that there was nothing left to do.
+        """
+        if self._lost is not None:
+            raise self._lost
+        try:
+            with self.failures():
+                if self._sync is not None:
+                    self._sync.result()
+                os.fsync(self._descriptor)
+                # Some file systems tell only on closing; the lock is to stay until the end.
+                os.close(os.dup(self._descriptor))
+        except OutputError as error:
+            self._lost = error
+            raise
 
     def _close(self) -> None:
         try:
@@ -172,7 +194,8 @@ class NewFile:
         finally:
             if self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
-                os.close(descriptor)
+                with contextlib.suppress(OSError):  # durable already, or given up
+                    os.close(descriptor)
 
     def failures(self) -> contextlib.AbstractContextManager[None]:
         """Turn what the system refuses into an `OutputError` that names the destination."""
@@ -199,30 +222,60 @@ class AtomicFile(NewFile):
         refuse_existing(path, overwrite)
         self._overwrite = overwrite
         self._destination = os.path.realpath(path)
+        self._kept = ""  # where what is replaced is, until the end
+        self._gone = False  # whether what was replaced cannot come back
         super().__init__(path, _beside(self._destination))
 
     def _create(self) -> None:
         _reclaim(self._destination)
         super()._create()
-        _lock(self._descriptor)
+        while not _claimed(self._descriptor, self.temporary):
+            self._close()
+            self.temporary = _beside(self._destination)
+            super()._create()
         with contextlib.suppress(FileNotFoundError):
             os.chmod(self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode))
 
     def commit(self) -> None:
-        """Make the file durable and let it appear under its name."""
+        """Make the file durable and let it appear under its name.
+
+        If the disk does not confirm that it did, it is withdrawn.
+        """
         self.sync()
         with self.failures():
             if self._overwrite:
-                os.replace(self.temporary, self._destination)
+                self._replace()
             else:
                 self._publish_new()
-            _sync_folder(os.path.dirname(self._destination))
+            _confirm(self)
 
-    def withdraw(self) -> None:
-        """Remove what `commit` let appear, if it replaced nothing."""
-        if not self._overwrite:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._destination)
+    def withdraw(self) -> bool:
+        """Undo what `commit` did, if anything; return whether what was there before is again."""
+        try:
+            if _is_open_as(self._destination, self._descriptor):
+                if self._kept:
+                    os.replace(self._kept, self._destination)
+                elif self._gone:
+                    return False
+                else:
+                    os.unlink(self._destination)
+        except OSError:
+            return False
+        return True
+
+    def _replace(self) -> None:
+        """Replace what is there, and keep it under another name until that is confirmed."""
+        kept = _beside(self._destination)
+        try:
+            os.link(self._destination, kept)
+            self._kept = kept
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in _FAILING:
+                raise
+            self._gone = True  # a file system without hard links
+        os.replace(self.temporary, self._destination)
 
     def _publish_new(self) -> None:
         # A hard link fails where a file has appeared meanwhile; a rename would replace it.
@@ -230,9 +283,18 @@ class AtomicFile(NewFile):
             os.link(self.temporary, self._destination)
         except FileExistsError:
             raise _appeared(self.path) from None
-        except OSError:  # a file system without hard links
-            refuse_existing(self._destination, overwrite=False)
+        except OSError as error:
+            if error.errno in _FAILING:
+                raise
+            refuse_existing(self._destination, overwrite=False)  # no hard links here
             os.rename(self.temporary, self._destination)
+
+    def _discard(self) -> None:
+        try:
+            if self._kept:
+                _remove_stray(self._kept)
+        finally:
+            super()._discard()
 
 
 class AtomicFolder:
@@ -260,21 +322,28 @@ class AtomicFolder:
         self._files: list[NewFile] = []
 
     def __enter__(self) -> Self:
-        with _failures(self.path, self.temporary):
-            _reclaim(self._destination)
-            os.mkdir(self.temporary)  # less the umask
-            try:
+        try:
+            with _failures(self.path, self.temporary):
+                _reclaim(self._destination)
                 if os.path.isdir(self._destination):
                     self._refuse_unless_exchangeable()
-                    os.chmod(
-                        self.temporary, stat.S_IMODE(os.stat(self._destination).st_mode) | 0o300
-                    )
-                self._descriptor = os.open(self.temporary, os.O_RDONLY)
-                _lock(self._descriptor)
-            except BaseException:
-                _remove(self.temporary)
-                raise
+                self._create()
+                if os.path.isdir(self._destination):
+                    mode = stat.S_IMODE(os.stat(self._destination).st_mode)
+                    os.chmod(self.temporary, mode | 0o300)
+        except BaseException:
+            self._discard()
+            raise
         return self
+
+    def _create(self) -> None:
+        os.mkdir(self.temporary)  # less the umask
+        self._descriptor = os.open(self.temporary, os.O_RDONLY)
+        while not _claimed(self._descriptor, self.temporary):
+            os.close(self._descriptor)
+            self.temporary = _beside(self._destination)
+            os.mkdir(self.temporary)
+            self._descriptor = os.open(self.temporary, os.O_RDONLY)
 
     def __exit__(
         self,
@@ -282,15 +351,19 @@ class AtomicFolder:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
         try:
             for file in self._files:
-                file.__exit__(kind, value, traceback)
+                file._discard()
             if os.path.lexists(self.temporary):
-                _remove(self.temporary)
+                _remove_stray(self.temporary)
         finally:
             if self._descriptor >= 0:
                 descriptor, self._descriptor = self._descriptor, -1
-                os.close(descriptor)
+                with contextlib.suppress(OSError):  # durable already, or given up
+                    os.close(descriptor)
 
     def file(self, name: str) -> NewFile:
         """Begin a file of the folder; it is closed with it."""
@@ -306,24 +379,30 @@ class AtomicFolder:
             os.fsync(self._descriptor)
 
     def commit(self) -> None:
-        """Make the folder durable and let it appear, whole, under its name."""
+        """Make the folder durable and let it appear, whole, under its name.
+
+        If the disk does not confirm that it did, it is withdrawn.
+        """
         self.sync()
         with _failures(self.path, self.temporary):
             if self._overwrite and os.path.isdir(self._destination):
                 refuse_folders_within(self._destination)
                 _rename(self.temporary, self._destination, _EXCHANGE)
-                _sync_folder(os.path.dirname(self._destination))
-                with contextlib.suppress(OSError):  # the next run reclaims what cannot go now
-                    _remove(self.temporary)
             else:
                 self._publish_new()
-            _sync_folder(os.path.dirname(self._destination))
+            _confirm(self)
 
-    def withdraw(self) -> None:
-        """Remove what `commit` let appear, if it replaced nothing."""
-        if not self._overwrite:
-            with contextlib.suppress(FileNotFoundError):
-                _remove(self._destination)
+    def withdraw(self) -> bool:
+        """Undo what `commit` did, if anything; return whether what was there before is again."""
+        try:
+            if _is_open_as(self._destination, self._descriptor):
+                if os.path.lexists(self.temporary):  # what was replaced
+                    _rename(self.temporary, self._destination, _EXCHANGE)
+                else:
+                    os.rename(self._destination, self.temporary)
+        except OSError:
+            return False
+        return True
 
     def _publish_new(self) -> None:
         try:
@@ -339,10 +418,11 @@ class AtomicFolder:
     def _refuse_unless_exchangeable(self) -> None:
         """Try with two empty folders whether a folder can be replaced at one instant here."""
         refuse_folders_within(self._destination)
-        other = _beside(self._destination)
-        os.mkdir(other)
+        pair = _beside(self._destination), _beside(self._destination)
         try:
-            _rename(self.temporary, other, _EXCHANGE)
+            for folder in pair:
+                os.mkdir(folder)
+            _rename(*pair, _EXCHANGE)
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
@@ -352,7 +432,8 @@ class AtomicFolder:
                 path=self.path,
             ) from None
         finally:
-            os.rmdir(other)
+            for folder in pair:
+                _remove_stray(folder)
 
 
 def refuse_folders_within(path: str) -> None:
@@ -382,19 +463,48 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def _claimed(descriptor: int, path: str) -> bool:
+    """Lock a new temporary; False if another run has just taken it for a stray and removes it."""
+    if fcntl is None:  # pragma: no cover
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # there are no locks here, so nobody reclaims anything
+        return True
+    return _is_open_as(path, descriptor)
+
+
+def _is_open_as(path: str, descriptor: int) -> bool:
+    """Whether what stands at a path is what a descriptor has open."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def _reclaim(destination: str) -> None:
     """Remove what killed runs to this destination left beside it."""
     folder, name = os.path.split(destination)
+    own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}{re.escape(_SUFFIX)}")
     for entry in os.listdir(folder):
-        if entry.startswith(f".{name}.") and entry.endswith(_SUFFIX):
+        if own.fullmatch(entry):
             stray = os.path.join(folder, entry)
             with contextlib.suppress(OSError):
-                descriptor = os.open(stray, os.O_RDONLY if os.path.isdir(stray) else os.O_RDWR)
+                descriptor = _open_to_lock(stray)
                 try:
                     if _lock(descriptor):
                         _remove(stray)
                 finally:
                     os.close(descriptor)
+
+
+def _open_to_lock(path: str) -> int:
+    if not os.path.isdir(path):
+        with contextlib.suppress(PermissionError):  # it has the mode of what it was to replace
+            return os.open(path, os.O_RDWR)  # NFS locks nothing else
+    return os.open(path, os.O_RDONLY)
 
 
 def _remove(path: str) -> None:
@@ -405,6 +515,20 @@ def _remove(path: str) -> None:
     for name in os.listdir(path):
         os.unlink(os.path.join(path, name))
     os.rmdir(path)
+
+
+def _remove_stray(path: str) -> None:
+    """Remove what is not needed any more; that it fails changes nothing of what was done."""
+    try:
+        with contextlib.suppress(FileNotFoundError):  # or another run has done so
+            _remove(path)
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be removed ({error.strerror}); the next run to the same output tries "
+            "again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _rename(old: str, new: str, flag: int) -> None:
@@ -430,6 +554,21 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
+def _confirm(made: AtomicFile | AtomicFolder) -> None:
+    """Make durable that something appeared, or withdraw it."""
+    try:
+        _sync_folder(os.path.dirname(made._destination))
+    except OSError as error:
+        if not made.withdraw():
+            raise OutputError(
+                f"{made.path} is written, but the disk does not confirm that it will stay "
+                f"({error.strerror}): after a loss of power what was there before may be back",
+                path=made.path,
+                errno=error.errno,
+            ) from error
+        raise
+
+
 def _appeared(path: str) -> OutputExistsError:
     return OutputExistsError(
         f"{path} appeared while it was being written; it was left as it is", path=path
@@ -445,8 +584,12 @@ def _failures(path: str, temporary: str) -> Iterator[None]:
         if temporary not in str(error):
             raise
         message = str(error).replace(temporary, path)
-        raise OutputError(message, path=path, tensor=error.tensor) from error
+        raise OutputError(
+            message, path=path, tensor=error.tensor, errno=getattr(error, "errno", None)
+        ) from error
     except OSError as error:
+        if isinstance(error, WavgError):  # an input's
+            raise
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; what stood there before is untouched",
             path=path,

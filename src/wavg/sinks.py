@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint
+from wavg.checkpoint import Checkpoint, reading
 from wavg.extents import extent_table, side_by_side
 from wavg.plan import Plan
 from wavg.publish import NewFile
@@ -68,7 +68,8 @@ class FileSink:
             for extent, offset in template.carry:
                 assert reference is not None  # only a patched reference carries anything over
                 source = reference.descriptor(extent.file)
-                file.copy_from(source, extent.offset, extent.length, offset)
+                with reading(reference.index.files[extent.file].path):
+                    file.copy_from(source, extent.offset, extent.length, offset)
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""

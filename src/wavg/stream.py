@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Checkpoint, Sink, TensorSpec
+from wavg.checkpoint import Checkpoint, Sink, TensorSpec, reading
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combination, Combiner, reads_files
@@ -304,6 +304,10 @@ class _Job:
         except EOFError as error:
             checkpoint, spec = pairs[error.args[0]]
             raise checkpoint.ends_within(spec) from None
+        except OSError as error:
+            checkpoint, spec = pairs[error.filename]  # which input, in place of a name
+            with reading(checkpoint.path_of(spec)):
+                raise
 
     def _located(self, error: NonFiniteError, task: _Average, parts: int) -> NonFiniteError:
         index = task.start + error.index // parts

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import bisect
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from wavg.checkpoint import Checksum, Index, TensorSpec, crc32
 from wavg.extents import Extent, complement
+from wavg.positional import write_exactly
 
 __all__ = ["Part", "Template", "can_patch_in_place", "in_place", "mend"]
 
@@ -114,4 +114,4 @@ def mend(descriptor: int, checksums: Iterable[Checksum]) -> None:
     for checksum in checksums:
         value = crc32(descriptor, checksum.extent).to_bytes(4, "little")
         for place in checksum.places:
-            os.pwrite(descriptor, value, place)
+            write_exactly(descriptor, value, place)

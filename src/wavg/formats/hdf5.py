@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
+from wavg.positional import write_exactly
 
 __all__ = [
     "MOST_OBJECTS",
@@ -91,17 +92,18 @@ class _Window(io.RawIOBase):
         count = 0
         if wanted:  # else it may lie where no file can
             self._file.seek(self._base + self._position)
-            count = self._file.readinto(view[:wanted])  # type: ignore[attr-defined]
+        while count < wanted and (more := self._file.readinto(view[count:wanted])):  # type: ignore[attr-defined]
+            count += more
         view[count:] = bytes(len(view) - count)  # as HDF5's own driver: h5py does not look at count
         self._position += count
         return int(count)
 
     def write(self, data: Any) -> int:
-        self._file.seek(self._base + self._position)
-        count = self._file.write(data)
-        self._position += count
+        view = memoryview(data).cast("B")  # whole: h5py does not look at what is returned
+        write_exactly(self._file.fileno(), view, self._base + self._position)
+        self._position += len(view)
         self._size = max(self._size, self._position)
-        return count
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         self._size = self._position if size is None else size

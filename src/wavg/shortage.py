@@ -1,0 +1,40 @@
+"""What a system can run out of while wavg works, told as errors of its own: memory and threads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from wavg.errors import OutOfMemoryError, WavgError
+
+__all__ = ["shortages"]
+
+_NO_THREAD = "can't start new thread"  # Python's words; it has no type for it
+
+
+@contextlib.contextmanager
+def shortages() -> Iterator[None]:
+    """Turn a `MemoryError`, or the lack of a thread, into an `OutOfMemoryError`.
+
+    >>> with shortages():
+    ...     raise MemoryError("Unable to allocate 8. TiB")
+    Traceback (most recent call last):
+    wavg.errors.OutOfMemoryError: out of memory: Unable to allocate 8. TiB; max_memory ...
+    """
+    try:
+        yield
+    except MemoryError as error:
+        if isinstance(error, WavgError):
+            raise
+        why = f": {error}" if str(error) else ""
+        raise OutOfMemoryError(
+            f"out of memory{why}; max_memory and workers (--max-memory, --workers) bound what "
+            "averaging takes"
+        ) from error
+    except RuntimeError as error:
+        if _NO_THREAD not in str(error):
+            raise
+        raise OutOfMemoryError(
+            "the system starts no more threads for this process; workers=1 (--workers 1) needs "
+            "fewest"
+        ) from error
