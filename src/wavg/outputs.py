@@ -26,6 +26,7 @@ from wavg.publish import (
     AtomicFile,
     AtomicFolder,
     NewFile,
+    reclaim_unnamed,
     refuse_existing,
     refuse_folders_within,
 )
@@ -128,8 +129,8 @@ def planned(
     row = format_of_output(target, reference.index)
     folder = is_folder_output(target, reference.path)
     parts = divided(plan, reference.index, target)
-    if len(parts) > 1 and overwrite and not folder:
-        _refuse_replacing(parts)
+    if len(parts) > 1 and not folder:
+        _begin_set(parts, overwrite)
     with _begun(parts, target if folder else None, overwrite) as (files, published):
         with _failures(files), uncollected():
             templates = _templates(row, plan, reference, parts, files)
@@ -164,8 +165,8 @@ def new(
     row = format_of_output(target)
     refuse_new(row, target)
     parts = parts_of(row, target, specs)
-    if len(parts) > 1 and overwrite:
-        _refuse_replacing(parts)
+    if len(parts) > 1:
+        _begin_set(parts, overwrite)
     with _begun(parts, None, overwrite) as (files, published):
         with _failures(files):
             templates = load_module(row.name).create(specs, metadata, _temporary(parts, files))
@@ -193,10 +194,12 @@ def _temporary(parts: Sequence[Part], files: Sequence[NewFile]) -> list[Part]:
     return [part._replace(temporary=file.temporary) for part, file in pairs]
 
 
-def _refuse_replacing(parts: Sequence[Part]) -> None:
+def _begin_set(parts: Sequence[Part], overwrite: bool) -> None:
     """Refuse to replace one of several files after the other: between, they would not match."""
-    for path, *_ in parts:
-        if os.path.lexists(path):
+    first, *others = [part.path for part in parts]
+    reclaim_unnamed(first, others)
+    for path in (first, *others):
+        if overwrite and os.path.lexists(path):
             raise OutputExistsError(
                 f"{path} exists, and an output of {len(parts)} files cannot be replaced at one "
                 "instant; remove it, or choose another output",

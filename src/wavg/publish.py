@@ -15,7 +15,7 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,14 @@ try:
 except ImportError:  # pragma: no cover - Windows: strays are then left for a person to remove
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["AtomicFile", "AtomicFolder", "NewFile", "refuse_existing", "refuse_full"]
+__all__ = [
+    "AtomicFile",
+    "AtomicFolder",
+    "NewFile",
+    "reclaim_unnamed",
+    "refuse_existing",
+    "refuse_full",
+]
 
 _COPY_BYTES = 1 << 20
 _SYNC_BYTES = 32 << 20  # written before the disk is set to work on them
@@ -486,18 +493,43 @@ def _is_open_as(path: str, descriptor: int) -> bool:
 
 def _reclaim(destination: str) -> None:
     """Remove what killed runs to this destination left beside it."""
+    for stray, _ in _strays(destination):
+        with contextlib.suppress(OSError):
+            _remove(stray)
+
+
+def reclaim_unnamed(naming: str, paths: Sequence[str]) -> None:
+    """Remove what a killed run let appear of an output of several files, if not all of it.
+
+    Without the file that names them they are nothing. They are known by their second names: those
+    under which they were made.
+    """
+    if os.path.lexists(naming):
+        return
+    for path in paths:
+        destination = os.path.realpath(path)
+        if os.path.isfile(destination):
+            for _, descriptor in _strays(destination):
+                if _is_open_as(destination, descriptor):
+                    os.unlink(destination)
+
+
+def _strays(destination: str) -> Iterator[tuple[str, int]]:
+    """Yield temporaries of runs that live no more, each locked, with an open descriptor."""
     folder, name = os.path.split(destination)
     own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}{re.escape(_SUFFIX)}")
     for entry in os.listdir(folder):
         if own.fullmatch(entry):
             stray = os.path.join(folder, entry)
-            with contextlib.suppress(OSError):
+            try:
                 descriptor = _open_to_lock(stray)
-                try:
-                    if _lock(descriptor):
-                        _remove(stray)
-                finally:
-                    os.close(descriptor)
+            except OSError:
+                continue  # gone, or not to be opened by this user
+            try:
+                if _lock(descriptor):
+                    yield stray, descriptor
+            finally:
+                os.close(descriptor)
 
 
 def _open_to_lock(path: str) -> int:

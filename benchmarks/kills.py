@@ -1,0 +1,163 @@
+"""Kill a run, and look at what stands under the output's name: the old one whole or the new one.
+
+    python benchmarks/kills.py FOLDER [--moments 1000] [--boundaries] [--formats NAME,...]
+
+Each run, of a few milliseconds, averages two small checkpoints over an existing output in a fresh
+copy of this process. ``--moments``: SIGKILL after a random time of up to a little more than a run
+takes. ``--boundaries``: SIGKILL as the run enters its k-th system call, and as it leaves it, for
+every k (ptrace, all threads counted together; x86-64 Linux). Beside the output lie files of others
+and the temporary of a run that lives. After every kill all of that is compared, byte by byte; every
+tenth time a run that nobody kills has to succeed and to leave nothing but the new output. Writes
+results/kills_moments.json and kills_boundaries.json; exit code 1 if anything was bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thread that made it
+
+from common import record
+from small_runs import KINDS, Small, ended
+from tracing import Tracer, unavailable
+
+from wavg.publish import AtomicFile, AtomicFolder
+
+CHECK_EVERY = 10
+
+
+class Tally:
+    """What came of the kills of one format."""
+
+    def __init__(self, small: Small) -> None:
+        self.small = small
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.bad: list[str] = []
+
+    def look(self, where: str) -> None:
+        """Look at what a killed run left, every so often let one end, and begin again."""
+        small, counts = self.small, self.counts
+        state, strays = small.state()
+        counts[state.partition(":")[0]] += 1
+        counts["left temporaries"] += strays > 0
+        if state.startswith("bad"):
+            self.bad.append(f"{where}: {state}")
+        if counts["kills"] % CHECK_EVERY == 0 or state == "unnamed":
+            outcome = ended(small.begin())
+            after = outcome, *small.state()
+            counts["runs after"] += 1
+            counts["temporaries reclaimed"] += strays - after[2]
+            good = [("done", "new", 0)]
+            if not small.replaces and state == "new":  # complete, and so refused
+                good = [("typed error", "new", strays)]
+            if after not in good:
+                self.bad.append(f"{where}: the run after: {after}")
+            small.restore()
+        elif state == "new":
+            self._only_new_goes()
+
+    def _only_new_goes(self) -> None:
+        small = self.small
+        keep = {n: (small.out / n) for n in os.listdir(small.out) if small._is_stray(n)}
+        aside = small.root / "aside"
+        aside.mkdir(exist_ok=True)
+        for name, path in keep.items():
+            if name not in small.theirs:
+                path.rename(aside / name)
+        small.restore()
+        for name in os.listdir(aside):
+            (aside / name).rename(small.out / name)
+
+    def figures(self) -> dict:
+        return {**dict(sorted(self.counts.items())), "bad": len(self.bad), "examples": self.bad[:5]}
+
+
+def duration(small: Small) -> float:
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        outcome = ended(small.begin())
+        times.append(time.perf_counter() - start)
+        assert outcome == "done", outcome
+        small.restore()
+    return statistics.median(times)
+
+
+def at_random_moments(small: Small, count: int, rng: random.Random) -> dict:
+    tally, length = Tally(small), duration(small)
+    while tally.counts["kills"] < count:
+        child = small.begin()
+        time.sleep(rng.uniform(0, 1.05 * length))
+        os.kill(child, signal.SIGKILL)
+        fate = ended(child)
+        if fate == "killed by SIGKILL":
+            tally.counts["kills"] += 1
+        else:
+            tally.counts["were done before"] += 1
+            assert fate == "done", fate
+        tally.look(f"moment {tally.counts['kills']}")
+    return {"run_seconds": length, **tally.figures()}
+
+
+def at_every_boundary(small: Small, step: int) -> dict:
+    tally, stop, calls = Tally(small), 0, 0
+    while True:
+        with Tracer(small.begin) as traced:
+            reached = traced.kill_at(stop)
+        if not reached:
+            break
+        tally.counts["kills"] += 1
+        calls = max(calls, traced.calls)
+        tally.look(f"boundary {stop}, {traced.last}")
+        stop += step
+    return {"system_calls": calls, **tally.figures()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--moments", type=int, default=0, metavar="N")
+    parser.add_argument("--boundaries", action="store_true")
+    parser.add_argument("--step", type=int, default=1, help="only every so many boundaries")
+    parser.add_argument("--formats", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-record", action="store_true", help="only print")
+    options = parser.parse_args()
+    if options.boundaries and (why := unavailable()):
+        sys.exit(f"--boundaries: {why}")
+    wanted = [name for name in options.formats.split(",") if name]
+    rng = random.Random(options.seed)
+    figures: dict[str, dict] = {"moments": {}, "boundaries": {}}
+    bad = 0
+    for kind in KINDS:
+        if wanted and kind.name not in wanted:
+            continue
+        small = Small(kind, options.folder / "kills")
+        atomic = AtomicFolder if kind.folder else AtomicFile
+        with atomic(str(small.output), overwrite=small.replaces) as living:
+            small.theirs = {os.path.basename(living.temporary)}
+            if kind.folder:
+                living.file("begun").write(b"theirs", 0)
+            if options.moments:
+                figures["moments"][kind.name] = at_random_moments(small, options.moments, rng)
+            if options.boundaries:
+                figures["boundaries"][kind.name] = at_every_boundary(small, options.step)
+        for name, found in figures.items():
+            if kind.name in found:
+                print(f"{kind.name}, {name}: {found[kind.name]}", flush=True)
+                bad += found[kind.name]["bad"]
+                if not options.no_record:
+                    record(f"kills_{name}", "inputs in the page cache", found)
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
