@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,8 @@ class Small:
 
     def __init__(self, kind: Kind, folder: Path) -> None:
         self.kind, self.root = kind, folder
+        self._aside = tempfile.TemporaryDirectory()  # the folder's disk may be full
+        self.told = Path(self._aside.name) / "told"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "in").mkdir(parents=True)
         self.out = folder / "out"
@@ -170,21 +174,35 @@ class Small:
             return child
         code, message = UNTYPED, ""
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            before()
-            self.run()
-            code = DONE
-        except BaseException as error:
-            typed = isinstance(error, (wavg.WavgError, MemoryError))
-            code = TYPED if typed else UNTYPED
-            message = f"{type(error).__name__}: {error}"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries tell of failures there, too
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                try:
+                    before()
+                    self.run()
+                    code = DONE
+                except BaseException as error:
+                    code = TYPED if is_typed(error) else UNTYPED
+                    message = f"{type(error).__name__}: {error}"
+            message += "".join(f"; warned: {each.message}" for each in warned)
+            with open(self.told, "w") as file:
+                file.write(message)
         finally:
-            try:
-                (self.root / "message").write_text(message)
-            finally:
-                os._exit(code)
-        return 0
+            os._exit(code)
+
+    def message(self) -> str:
+        """Return the error and the warnings of the last run."""
+        return self.told.read_text() if self.told.exists() else ""
+
+
+def is_typed(error: BaseException) -> bool:
+    """Whether an error says by its type what is wrong, and of the system's which file it concerns.
+
+    A missing or unreadable input stays Python's own error, and so does a lack of memory outside of
+    files.
+    """
+    named = isinstance(error, OSError) and error.filename is not None
+    return named or isinstance(error, (wavg.WavgError, MemoryError))
 
 
 def ended(child: int, seconds: float = 60) -> str:

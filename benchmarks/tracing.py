@@ -140,7 +140,8 @@ class Tracer:
                         _ptrace(POKEUSER, thread, CALL, -1)  # no call at all
                         hit.add(thread)
                     else:
-                        _ptrace(POKEUSER, thread, RDX, fault.short)
+                        size = _ptrace(PEEKUSER, thread, RDX)
+                        _ptrace(POKEUSER, thread, RDX, min(fault.short, max(1, size - 1)))
             elif thread in hit:
                 hit.remove(thread)
                 assert fault is not None

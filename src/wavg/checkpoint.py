@@ -268,7 +268,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def close(self) -> None:
         """Close the files."""
         while self._descriptors:
-            os.close(self._descriptors.pop())
+            with contextlib.suppress(OSError):  # they were only read
+                os.close(self._descriptors.pop())
         if self._block_reader is not None:
             self._block_reader.close()
 
@@ -387,11 +388,14 @@ def identify(path: str) -> FileIdentity:
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Have what the system refuses of an open file name it."""
+    """Have what the system refuses of a file be an `InputError` that names it.
+
+    A file that is missing, or that the user may not read, stays Python's own error.
+    """
     try:
         yield
     except OSError as error:
-        if isinstance(error, WavgError):
+        if isinstance(error, (WavgError, FileNotFoundError, PermissionError)):
             raise
         why = error.strerror or error
         raise InputError(f"cannot read {path}: {why}", path=path, errno=error.errno) from error

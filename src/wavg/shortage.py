@@ -9,7 +9,7 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
-_NO_THREAD = "can't start new thread"  # Python's words; it has no type for it
+_NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def shortages() -> Iterator[None]:
             "averaging takes"
         ) from error
     except RuntimeError as error:
-        if _NO_THREAD not in str(error):
+        if not str(error).startswith(_NO_THREAD):
             raise
         raise OutOfMemoryError(
             "the system starts no more threads for this process; workers=1 (--workers 1) needs "

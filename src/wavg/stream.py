@@ -431,14 +431,16 @@ class _BlasLimit:
             if self._users == 0:
                 from threadpoolctl import threadpool_limits
 
-                self._limiter = threadpool_limits(1, user_api="blas")
+                with contextlib.suppress(OSError):  # what is loaded cannot be read: then slower
+                    self._limiter = threadpool_limits(1, user_api="blas")
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
-                self._limiter.restore_original_limits()
+            if self._users == 0 and self._limiter is not None:
+                limiter, self._limiter = self._limiter, None
+                limiter.restore_original_limits()
 
 
 _blas_limit = _BlasLimit()

@@ -28,7 +28,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify
+from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify, reading
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard, why_none
 from wavg.formats.stand_ins import stand_in
@@ -159,9 +159,18 @@ def open_file(
     ------
     CheckpointFormatError
         Not a checkpoint, a damaged one, or of a kind this version does not read.
+    InputError
+        The system cannot read it.
     FileNotFoundError
         No such file.
     """
+    with reading(path):
+        return _open_file(path, opaque_dtype, like, isolate)
+
+
+def _open_file(
+    path: str, opaque_dtype: str | None, like: Index | None, isolate: bool
+) -> Checkpoint:
     if os.path.isdir(path):
         whole = checkpoint_in(path)
         if whole is None and (why := why_none(path)):

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import h5py
 import numpy as np
 
+from wavg.checkpoint import reading
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
 from wavg.positional import write_exactly
 
@@ -58,9 +59,20 @@ class Source(NamedTuple):
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[int, int], bytes]]:
-        """Open it for a function that gives bytes at an offset, fewer at the end."""
-        with open(self.path, "rb", buffering=0) as file:
-            yield lambda offset, size: os.pread(file.fileno(), size, self.base + offset)
+        """Open it for a function that gives bytes at an offset, fewer only at the end."""
+        end = self.length()
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
+
+            def read(offset: int, size: int) -> bytes:
+                data, size = b"", min(size, end - offset)
+                while len(data) < size:
+                    start = self.base + offset + len(data)
+                    if not (more := os.pread(file.fileno(), size - len(data), start)):
+                        break
+                    data += more
+                return data
+
+            yield read
 
 
 class _Window(io.RawIOBase):

@@ -6,7 +6,8 @@ heap tells when it was linked. Offsets of the data do not: HDF5 fills gaps with 
 in a file of more than some kilobytes the order of the offsets is another one.
 
 Nothing here touches the HDF5 library. Whatever is not as expected gives no order, and no error:
-what is right to read is for others to say.
+what is right to read is for others to say. That bytes cannot be read is an error: the same file has
+the same order every time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def linked_order(read: Read) -> dict[str, int]:
     """
     try:
         return {path: rank for rank, path in enumerate(_walk(read))}
-    except (_Unexpected, struct.error, UnicodeDecodeError, OverflowError, OSError):
+    except (_Unexpected, struct.error, UnicodeDecodeError, OverflowError):
         return {}
 
 

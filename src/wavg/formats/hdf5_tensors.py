@@ -34,6 +34,7 @@ _CHUNK_CACHE = 2 << 20  # of one input; where a row of chunks is larger, each is
 _OPEN_BYTES = 2 << 20  # that the library takes for a file with many chunks
 _CHUNKS_AT_ONCE = 256  # read by one call: the library takes some 4 KB for each
 _COPY_BYTES = 1 << 20
+_LARGEST_RATIO = 1100  # zeros deflate to a thousandth
 _DEFLATE = 1
 # deflate, shuffle, Fletcher's checksum, and h5py's lzf
 _FILTERS = {_DEFLATE: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
@@ -46,6 +47,7 @@ class Collector:
         self._path, self._base = source.path, source.base
         self._size, self._opaque_dtype = source.length(), opaque_dtype
         self._extents: list[tuple[Extent, str]] = []
+        self._unpacked = 0  # bytes of all chunks
         self.reader_bytes = 0
 
     def spec(self, name: str, dataset: Any) -> TensorSpec:
@@ -97,6 +99,11 @@ class Collector:
         expected, written = math.prod(counts), int(dataset.get_num_chunks())
         if expected != written or expected > MOST_OBJECTS:
             raise self.bad(spec.name, f"has {written:,} of its {expected:,} chunks")
+        self._unpacked += expected * chunk
+        if self._unpacked > _LARGEST_RATIO * self._size:
+            raise self.bad(
+                spec.name, f"would unpack to more than {_LARGEST_RATIO:,} times the file's size"
+            )
         row = math.prod(counts[1:]) * chunk
         needed = _OPEN_BYTES + 2 * chunk + _cache_bytes(chunk, row)
         self.reader_bytes = max(self.reader_bytes, needed)
