@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from wavg.errors import OutOfMemoryError, WavgError
@@ -30,6 +31,12 @@ def shortages() -> Iterator[None]:
         raise OutOfMemoryError(
             f"out of memory{why}; max_memory and workers (--max-memory, --workers) bound what "
             "averaging takes"
+        ) from error
+    except SystemError as error:
+        if not re.search("without (setting an exception|exception set)", str(error)):
+            raise
+        raise OutOfMemoryError(
+            f"a library failed and gave no reason, as for lack of memory ({error})"
         ) from error
     except RuntimeError as error:
         if not str(error).startswith(_NO_THREAD):

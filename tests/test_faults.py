@@ -1,0 +1,481 @@
+"""What the system refuses in the middle of a run: a typed error, the old output, no trace.
+
+The scripts kills.py, injected.py, truncations.py and bombs.py of benchmarks do the same to the
+system's own calls, and many times; here the calls of `os` fail, each once. See docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import wavg
+from wavg import InputError, OutOfMemoryError, OutputError, kernel, publish
+from wavg.checkpoint import Checkpoint
+from wavg.formats import hdf5
+from wavg.formats.hdf5_links import linked_order
+from wavg.positional import write_exactly
+from wavg.publish import AtomicFile, AtomicFolder
+from wavg.shortage import shortages
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+class Small:
+    """An average of two small checkpoints over an existing output."""
+
+    def __init__(self, folder, suffix):
+        self.out = folder / "out"
+        self.out.mkdir()
+        self.inputs = []
+        for step in (1, 2):
+            tensors = {"a/w": np.float32([[step, 2], [3, 4]]), "b/w": np.float16([step])}
+            if suffix == "/":
+                place = folder / f"model_{step}"
+                place.mkdir()
+                wavg.save(place / "model.safetensors", tensors)
+                (place / "config.json").write_text("{}")
+            else:
+                place = folder / f"model_{step}{suffix}"
+                wavg.save(place, tensors)
+            self.inputs.append(str(place))
+        self.output = f"{self.out}/model{suffix}"
+        wavg.average_checkpoints(self.inputs, self.output, weights=[3, 1])
+        self.old = self.content()
+
+    def run(self):
+        wavg.average_checkpoints(self.inputs, self.output, overwrite=True, workers=1)
+
+    def restore(self):
+        for name, data in self.old.items():
+            (self.out / name).write_bytes(data)
+
+    def content(self):
+        files = (path for path in self.out.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.out)): path.read_bytes() for path in files}
+
+
+CALLS = ["pwrite", "ftruncate", "fsync", "replace", "link", "mkdir", "chmod", "dup"]
+CALLS += ["pread", "preadv"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".h5", "/"])
+def test_whichever_call_fails_the_old_output_stands_and_nothing_else(tmp_path, monkeypatch, suffix):
+    small = Small(tmp_path, suffix)
+    failed = 0
+    for name in CALLS:
+        real = getattr(os, name)
+        for number in range(1, 40):
+            calls = 0
+
+            def fails(*arguments, real=real, number=number, **options):
+                nonlocal calls
+                calls += 1
+                if calls == number:
+                    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+                return real(*arguments, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fails)
+                error = error_of(small.run)
+            if calls < number:
+                assert error is None
+                assert small.content() != small.old
+                small.restore()
+                break
+            assert isinstance(error, wavg.WavgError), (name, number)
+            assert "model" in str(error)
+            assert small.content() == small.old, (name, number)
+            failed += 1
+    assert failed > 12
+    small.run()
+    assert small.content() != small.old
+
+
+def error_of(function):
+    try:
+        function()
+    except Exception as error:
+        return error
+    return None
+
+
+def disk_error(*_, **__):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def once(real, result=None):
+    """A call that fails the first time, and succeeds when it is tried again."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            disk_error()
+        return real(*arguments) if result is None else result
+
+    call.calls = calls
+    return call
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_a_sync_that_failed_stays_failed(tmp_path, monkeypatch, kind):
+    with kind(f"{tmp_path}/out") as made:
+        file = made if kind is AtomicFile else made.file("a")
+        file.write(b"new", 0)
+        monkeypatch.setattr(os, "fsync", once(os.fsync))
+        for attempt in (made.sync, made.sync, made.commit):
+            with pytest.raises(OutputError, match="Input/output error"):
+                attempt()
+    assert os.listdir(tmp_path) == []
+
+
+def write(path, kind, data=b"new", **options):
+    with kind(f"{path}", **options) as made:
+        (made if kind is AtomicFile else made.file("a")).write(data, 0)
+        made.commit()
+
+
+def read(path):
+    return {path.name: path.read_bytes()} if path.is_file() else {
+        f"{path.name}/{each.name}": each.read_bytes() for each in path.iterdir()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_rename_that_the_disk_does_not_confirm_is_undone(tmp_path, monkeypatch, kind, before):
+    if before:
+        write(tmp_path / "out", kind, b"old")
+    monkeypatch.setattr(publish, "_sync_folder", disk_error)
+    with pytest.raises(OutputError, match="untouched") as caught:
+        write(tmp_path / "out", kind, overwrite=before)
+    assert caught.value.errno == errno.EIO
+    assert os.listdir(tmp_path) == ["out"] * before
+    if before:
+        assert [*read(tmp_path / "out").values()] == [b"old"]
+
+
+def test_where_a_rename_cannot_be_undone_the_error_says_what_stands_there(tmp_path, monkeypatch):
+    write(tmp_path / "out", AtomicFile, b"old")
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(publish, "_sync_folder", disk_error)
+    with pytest.raises(OutputError, match="is written, but the disk does not confirm"):
+        write(tmp_path / "out", AtomicFile, overwrite=True)
+    assert read(tmp_path / "out") == {"out": b"new"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failing_close_is_told_before_anything_is_replaced(tmp_path, monkeypatch):
+    write(tmp_path / "out", AtomicFile, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", once(os.close))
+        with pytest.raises(OutputError, match="untouched"):
+            write(tmp_path / "out", AtomicFile, overwrite=True)
+    assert read(tmp_path / "out") == {"out": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_what_cannot_be_cleared_away_changes_nothing_and_is_told(tmp_path, monkeypatch, kind):
+    write(tmp_path / "out", kind, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", disk_error)
+        with pytest.warns(RuntimeWarning, match="cannot be removed"):
+            write(tmp_path / "out", kind, overwrite=True)
+    assert [*read(tmp_path / "out").values()] == [b"new"]
+    assert len(os.listdir(tmp_path)) > 1
+    write(tmp_path / "out", kind, overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_strays_are_known_by_their_whole_name(tmp_path):
+    theirs = [".out.x.0123456789ab.wavg-tmp", ".out.0123.wavg-tmp", ".out.wavg-tmp"]
+    for name in [*theirs, ".out.0123456789ab.wavg-tmp"]:
+        (tmp_path / name).touch()
+    write(tmp_path / "out", AtomicFile)
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "out"])
+
+
+def test_a_stray_that_cannot_be_written_is_reclaimed_too(tmp_path, monkeypatch):
+    (tmp_path / ".out.0123456789ab.wavg-tmp").touch(0o444)
+    real = os.open
+
+    def as_a_user(path, flags, *mode):
+        if flags == os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", as_a_user)
+    write(tmp_path / "out", AtomicFile)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_a_temporary_that_another_run_took_for_a_stray_is_made_anew(tmp_path, monkeypatch, kind):
+    real, taken = publish._claimed, []
+
+    def claimed(descriptor, path):
+        if not taken:
+            taken.append(path)
+            publish._remove(path)
+        return real(descriptor, path)
+
+    monkeypatch.setattr(publish, "_claimed", claimed)
+    write(tmp_path / "out", kind)
+    assert taken
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_shards_that_a_killed_run_let_appear_unnamed_are_reclaimed(tmp_path):
+    place = tmp_path / "in"
+    place.mkdir()
+    wavg.save(place / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    output = tmp_path / "out" / "model.safetensors.index.json"
+    output.parent.mkdir()
+    shard = output.parent / "model-00001-of-00002.safetensors"
+    stray = output.parent / f".{shard.name}.0123456789ab.wavg-tmp"
+    stray.write_bytes(b"of a run that was killed")
+    os.link(stray, shard)
+    wavg.average_checkpoints([place], output, max_shard_size=32)
+    assert len(wavg.load(output)) == 2
+    assert len(os.listdir(output.parent)) == 3
+
+
+def test_a_shard_of_somebody_else_is_not_reclaimed(tmp_path):
+    place = tmp_path / "in"
+    place.mkdir()
+    wavg.save(place / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(b"theirs")
+    (tmp_path / f".{shard.name}.0123456789ab.wavg-tmp").write_bytes(b"of a run that was killed")
+    with pytest.raises(wavg.OutputExistsError):
+        wavg.average_checkpoints(
+            [place], tmp_path / "model.safetensors.index.json", max_shard_size=32
+        )
+    assert shard.read_bytes() == b"theirs"
+
+
+def test_an_interrupt_while_several_files_appear_withdraws_them(tmp_path, monkeypatch):
+    place = tmp_path / "in"
+    place.mkdir()
+    wavg.save(place / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    real = publish._sync_folder
+
+    def interrupted(folder):
+        real(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "_sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        wavg.average_checkpoints([place], out / "model.safetensors.index.json", max_shard_size=32)
+    assert os.listdir(out) == []
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def test_a_write_that_writes_nothing_is_an_error(monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="writes nothing"):
+        write_exactly(0, b"new", 0)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_an_output_is_whole_however_short_the_system_writes(tmp_path, monkeypatch, suffix):
+    small = Small(tmp_path, suffix)
+    small.run()
+    whole = small.content()
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
+    small.run()
+    assert small.content() == whole
+
+
+class Short:
+    """A file that reads and writes a few bytes at once."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def readinto(self, view):
+        return self.file.readinto(view[:3])
+
+    def write(self, data):
+        return self.file.write(bytes(data)[:3])
+
+
+def test_a_part_of_an_archive_is_whole_however_short_the_system_reads_and_writes(tmp_path):
+    path = tmp_path / "part"
+    path.write_bytes(bytes(5))
+    with open(path, "r+b", buffering=0) as file:
+        with h5py.File(hdf5._Window(Short(file), 5, 0), "w") as made:
+            made["w"] = np.arange(50)
+        window = hdf5._Window(Short(file), 5, os.path.getsize(path) - 5)
+        with h5py.File(window, "r") as made:
+            assert made["w"][...].tolist() == list(range(50))
+
+
+def old_style(path):
+    with h5py.File(path, "w", libver="earliest") as file:
+        for name in ("second", "first"):
+            file.create_group(name)
+    return hdf5.Source(str(path))
+
+
+def test_the_order_of_links_is_the_same_however_short_the_system_reads(tmp_path, monkeypatch):
+    source = old_style(tmp_path / "model.h5")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, 7), offset))
+    with source.reader() as read:
+        assert list(linked_order(read)) == ["second", "first"]
+        assert read(source.length() - 2, 100) == read(source.length() - 2, 2)
+        assert read(1 << 70, 8) == b""
+
+
+def test_an_order_of_links_that_cannot_be_read_is_an_error_and_no_other_order(
+    tmp_path, monkeypatch
+):
+    source = old_style(tmp_path / "model.h5")
+    monkeypatch.setattr(os, "pread", disk_error)
+    with pytest.raises(InputError, match=r"model\.h5: Input/output error"), source.reader() as read:
+        linked_order(read)
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # read by the compiled step, and not
+def test_an_input_that_the_disk_does_not_give_is_named(tmp_path, monkeypatch, dtype):
+    for step in (1, 2):
+        wavg.save(tmp_path / f"model_{step}.safetensors", {"w": np.ones(9, dtype)})
+    folder = os.open(tmp_path, os.O_RDONLY)  # reading it fails
+    real = Checkpoint.place
+
+    def place(self, spec, start):
+        return (folder, 0) if "_1" in self.path else real(self, spec, start)
+
+    monkeypatch.setattr(Checkpoint, "place", place)
+    with pytest.raises(InputError, match=r"cannot read .*model_1\.safetensors: Is a dir") as caught:
+        wavg.average_checkpoints(tmp_path, tmp_path / "average.safetensors")
+    os.close(folder)
+    assert caught.value.errno == errno.EISDIR
+    assert caught.value.path == str(tmp_path / "model_1.safetensors")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_an_input_that_cannot_be_opened_is_named_and_a_missing_one_stays_pythons_own(
+    tmp_path, monkeypatch
+):
+    wavg.save(tmp_path / "model.npz", {"w": np.ones(3)})
+    with pytest.raises(FileNotFoundError):
+        wavg.load(tmp_path / "other.npz")
+    monkeypatch.setattr("builtins.open", disk_error)
+    with pytest.raises(InputError, match=r"model\.npz"):
+        wavg.load(tmp_path / "model.npz")
+
+
+def test_closing_inputs_cannot_fail_a_run(tmp_path, monkeypatch):
+    small = Small(tmp_path, ".safetensors")
+    real = Checkpoint.close
+
+    def close(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", disk_error)
+            real(self)
+
+    monkeypatch.setattr(Checkpoint, "close", close)
+    small.run()
+    assert small.content() != small.old
+
+
+def test_chunks_that_declare_a_thousand_times_the_files_size_are_refused(tmp_path):
+    chunk = 1 << 28
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        made = file.create_dataset(
+            "layers/dense/vars/0", (4 * chunk,), "f4", chunks=(chunk,), compression="gzip"
+        )
+        for number in range(4):
+            made.id.write_direct_chunk((number * chunk,), b"x")
+    with pytest.raises(wavg.CheckpointFormatError, match="times the file's size"):
+        wavg.open_checkpoint(tmp_path / "model.weights.h5")
+
+
+# --- memory and threads ---------------------------------------------------------------------------
+
+
+def test_no_memory_in_the_middle_of_a_run_is_told_and_leaves_the_old_output(tmp_path, monkeypatch):
+    small = Small(tmp_path, ".npz")
+
+    def full(*_):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(kernel.Combiner, "from_files", full)
+    monkeypatch.setattr(kernel.Combiner, "__call__", full)
+    with pytest.raises(OutOfMemoryError, match="Unable to allocate 9 GiB; max_memory"):
+        small.run()
+    assert small.content() == small.old
+
+
+def test_no_thread_to_be_had_is_told_and_leaves_the_old_output(tmp_path, monkeypatch):
+    small = Small(tmp_path, ".safetensors")
+
+    def refused(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(OutOfMemoryError, match="no more threads"):
+        small.run()
+    assert small.content() == small.old
+
+
+def test_other_errors_are_not_taken_for_shortages():
+    for error in (RuntimeError("else"), SystemError("else"), wavg.MemoryBudgetError("too little")):
+        with pytest.raises(type(error)) as caught, shortages():
+            raise error
+        assert caught.value is error
+    with pytest.raises(OutOfMemoryError, match="gave no reason"), shortages():
+        raise SystemError("<method> returned NULL without setting an exception")
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "kills.py FOLDER --moments 30",
+        "kills.py FOLDER --boundaries --step 37",
+        "injected.py FOLDER --calls --formats safetensors,.npz",
+        "injected.py FOLDER --allocations --most 60 --formats safetensors,.h5",
+        "truncations.py FOLDER --cuts 100 --changes 20",
+        "bombs.py FOLDER",
+    ],
+)
+def test_the_scripts_find_nothing_bad(tmp_path, arguments):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the scripts are for Linux")
+    words = arguments.replace("FOLDER", str(tmp_path)).split()
+    command = [sys.executable, str(SCRIPTS / words[0]), *words[1:], "--no-record"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode and ("ptrace" in done.stderr or "C compiler" in done.stderr):
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
