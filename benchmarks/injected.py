@@ -15,8 +15,8 @@ root) with n free pages, for every n that is too few; the look at the free room 
 
 What must be: an error of wavg's own (or success, where the failure is of no account), the old
 output byte for byte (or, with success, the new one), no temporary left, the files of others
-untouched. Writes results/injected_calls.json, injected_allocations.json, injected_full.json; exit
-code 1 if anything was bad.
+untouched. Writes injected_calls.json, injected_allocations.json, injected_full_tmpfs.json and
+injected_full_ext4.json to results; exit code 1 if anything was bad.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thread that made it
 
 from common import record
-from small_runs import DONE, KINDS, TYPED, Small, ended
+from small_runs import DONE, KINDS, TYPED, Small, ended, recorded
 from tracing import Fault, Tracer, unavailable
 
 from wavg import outputs
@@ -64,6 +64,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "preadv": (errno.EIO, errno.EINTR),
     "read": (errno.EIO, errno.EINTR),
 }
+READS, MOST_READS = ("pread64", "preadv", "read"), 60  # of each, evenly spread
 NEEDLESS = (errno.EINTR,)  # the system asks for the same call again, and gets it
 
 
@@ -124,7 +125,8 @@ def calls(small: Small) -> dict:
         counts, places = traced.counts, traced.places
     small.restore()
     for name in ERRORS:
-        for number in range(1, counts[name] + 1):
+        step = max(1, -(-counts[name] // MOST_READS)) if name in READS else 1
+        for number in range(1, counts[name] + 1, step):
             faults = [Fault(name, number, error) for error in ERRORS[name]]
             if name in ("pwrite64", "write"):
                 faults += [Fault(name, number, short=1), Fault(name, number, short=5)]
@@ -287,32 +289,27 @@ def main() -> None:
     kinds = [kind for kind in KINDS if not wanted or kind.name in wanted]
     bad = 0
 
-    def each(name: str, make: Callable[[Small], dict], folder: Path) -> dict:
+    def each(name: str, make: Callable[[Small], dict], folder: Path) -> None:
         nonlocal bad
-        found = {}
+        found = recorded(f"injected_{name}", wanted)
         for kind in kinds:
             small = Small(kind, folder / "injected")
             found[kind.name] = make(small)
             bad += found[kind.name]["bad"]
             print(f"{kind.name}, {name}: {found[kind.name]}", flush=True)
-        return found
-
-    def keep(name: str, figures: dict) -> None:
-        if not options.no_record:
-            record(f"injected_{name}", "inputs in the page cache", figures)
+            if not options.no_record:
+                record(f"injected_{name}", "inputs in the page cache", found)
 
     if options.calls:
-        keep("calls", each("calls", calls, options.folder))
+        each("calls", calls, options.folder)
     if options.allocations and library is not None:
         allocator = os.environ.get("PYTHONMALLOC", "default")
         name = "allocations" if allocator == "default" else f"allocations_{allocator}"
-        keep(name, each(name, lambda s: allocations(s, library, options.most), options.folder))
+        each(name, lambda small: allocations(small, library, options.most), options.folder)
     if options.full:
-        figures = {}
         for kind in ("tmpfs", "ext4"):
             with mounted(options.folder, kind) as place:
-                figures[kind] = each(f"full {kind}", full, place)
-        keep("full", figures)
+                each(f"full_{kind}", full, place)
     sys.exit(bad > 0)
 
 

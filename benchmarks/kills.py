@@ -26,10 +26,11 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thread that made it
 
 from common import record
-from small_runs import KINDS, Small, ended
+from small_runs import KINDS, Small, ended, recorded
 from tracing import Tracer, unavailable
 
-from wavg.publish import AtomicFile, AtomicFolder
+from wavg.publish import AtomicFile
+from wavg.publish_folder import AtomicFolder
 
 CHECK_EVERY = 10
 
@@ -135,7 +136,7 @@ def main() -> None:
         sys.exit(f"--boundaries: {why}")
     wanted = [name for name in options.formats.split(",") if name]
     rng = random.Random(options.seed)
-    figures: dict[str, dict] = {"moments": {}, "boundaries": {}}
+    figures = {name: recorded(f"kills_{name}", wanted) for name in ("moments", "boundaries")}
     bad = 0
     for kind in KINDS:
         if wanted and kind.name not in wanted:
@@ -151,7 +152,7 @@ def main() -> None:
             if options.boundaries:
                 figures["boundaries"][kind.name] = at_every_boundary(small, options.step)
         for name, found in figures.items():
-            if kind.name in found:
+            if getattr(options, name):
                 print(f"{kind.name}, {name}: {found[kind.name]}", flush=True)
                 bad += found[kind.name]["bad"]
                 if not options.no_record:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import RESULTS, figures_of
 
 import wavg
 
@@ -44,8 +45,8 @@ KINDS = (
     Kind(".h5", ".h5", "keras3_nested"),
     Kind(".h5 written anew", ".h5", "keras3_nested", options={"dtype": "float16"}),
     Kind(".weights.h5", ".weights.h5", "keras3_kernels"),
-    Kind(".keras", ".keras", "keras3_attention"),
-    Kind(".keras written anew", ".keras", "keras3_attention", options={"dtype": "float16"}),
+    Kind(".keras", ".keras", "keras3_tower"),
+    Kind(".keras written anew", ".keras", "keras3_tower", options={"dtype": "float16"}),
     Kind(".weights.json", ".weights.json", "keras3_shards"),
     Kind(".npz", ".npz"),
 )
@@ -219,3 +220,9 @@ def ended(child: int, seconds: float = 60) -> str:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "hung"
+
+
+def recorded(name: str, formats: list[str]) -> dict:
+    """Return the figures kept before, if only those of some formats are to be made anew."""
+    kept = (RESULTS / f"{name}.json").exists()
+    return figures_of(name) if formats and kept else {}

@@ -48,7 +48,10 @@ MAY_IMPORT = {
     "shortage": "errors",
     "checkpoint": "extents positional errors",
     "templates": "checkpoint extents positional",
-    "publish": "positional errors",
+    "renames": "",
+    "temporaries": "",
+    "publish": "positional renames temporaries errors",
+    "publish_folder": "publish renames temporaries errors",
     "alignment": "checkpoint errors",
     "quantised": "checkpoint errors",
     "plan": "quantised alignment checkpoint weights kernel errors",
@@ -60,7 +63,8 @@ MAY_IMPORT = {
     "recorded": "checkpoint inputs record",
     "grid": "errors formats inputs recorded weights",
     "opening": "checkpoint errors formats shortage",
-    "outputs": "checkpoint errors formats opening plan publish record sinks templates",
+    "outputs": "checkpoint errors formats opening plan publish publish_folder record sinks "
+    "templates temporaries",
     "files": "checkpoint errors formats grid inputs opening outputs plan publish record shortage "
     "sinks stream weights",
     "verification": "checkpoint errors files formats inputs opening plan record stream",

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import InputError, OutOfMemoryError, OutputError, kernel, publish
+from wavg import InputError, OutOfMemoryError, OutputError, kernel, publish, publish_folder
 from wavg.checkpoint import Checkpoint
 from wavg.formats import hdf5
 from wavg.formats.hdf5_links import linked_order
 from wavg.positional import write_exactly
-from wavg.publish import AtomicFile, AtomicFolder
+from wavg.publish import AtomicFile
+from wavg.publish_folder import AtomicFolder
 from wavg.shortage import shortages
+from wavg.temporaries import remove
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -155,7 +157,7 @@ def read(path):
 def test_a_rename_that_the_disk_does_not_confirm_is_undone(tmp_path, monkeypatch, kind, before):
     if before:
         write(tmp_path / "out", kind, b"old")
-    monkeypatch.setattr(publish, "_sync_folder", disk_error)
+    monkeypatch.setattr(publish, "sync_folder", disk_error)
     with pytest.raises(OutputError, match="untouched") as caught:
         write(tmp_path / "out", kind, overwrite=before)
     assert caught.value.errno == errno.EIO
@@ -171,7 +173,7 @@ def test_where_a_rename_cannot_be_undone_the_error_says_what_stands_there(tmp_pa
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(publish, "_sync_folder", disk_error)
+    monkeypatch.setattr(publish, "sync_folder", disk_error)
     with pytest.raises(OutputError, match="is written, but the disk does not confirm"):
         write(tmp_path / "out", AtomicFile, overwrite=True)
     assert read(tmp_path / "out") == {"out": b"new"}
@@ -225,15 +227,16 @@ def test_a_stray_that_cannot_be_written_is_reclaimed_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
 def test_a_temporary_that_another_run_took_for_a_stray_is_made_anew(tmp_path, monkeypatch, kind):
-    real, taken = publish._claimed, []
+    module = publish if kind is AtomicFile else publish_folder
+    real, taken = module.claimed, []
 
     def claimed(descriptor, path):
         if not taken:
             taken.append(path)
-            publish._remove(path)
+            remove(path)
         return real(descriptor, path)
 
-    monkeypatch.setattr(publish, "_claimed", claimed)
+    monkeypatch.setattr(module, "claimed", claimed)
     write(tmp_path / "out", kind)
     assert taken
     assert os.listdir(tmp_path) == ["out"]
@@ -274,13 +277,13 @@ def test_an_interrupt_while_several_files_appear_withdraws_them(tmp_path, monkey
     wavg.save(place / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
     out = tmp_path / "out"
     out.mkdir()
-    real = publish._sync_folder
+    real = publish.sync_folder
 
     def interrupted(folder):
         real(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish, "_sync_folder", interrupted)
+    monkeypatch.setattr(publish, "sync_folder", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wavg.average_checkpoints([place], out / "model.safetensors.index.json", max_shard_size=32)
     assert os.listdir(out) == []

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import OutputError, OutputExistsError, publish
-from wavg.publish import AtomicFile, AtomicFolder, refuse_full
+from wavg import OutputError, OutputExistsError, publish, publish_folder
+from wavg.publish import AtomicFile, refuse_full
+from wavg.publish_folder import AtomicFolder
 
 
 def write(path, data=b"new", **options):
@@ -204,7 +205,7 @@ def refuse_flags(monkeypatch):
     def rename(old, new, flag):
         raise OSError(errno.EINVAL, "no such flag")
 
-    monkeypatch.setattr(publish, "_rename", rename)
+    monkeypatch.setattr(publish_folder, "rename", rename)
 
 
 def test_a_folder_appears_with_its_files(tmp_path):
@@ -331,14 +332,14 @@ def test_a_failing_system_call_leaves_the_old_folder_and_no_trace(
 
 def test_a_failing_exchange_leaves_the_old_folder_and_no_trace(tmp_path, monkeypatch):
     old_folder(tmp_path / "out")
-    real = publish._rename
+    real = publish_folder.rename
 
     def fail(old, new, flag):
         if new == str(tmp_path / "out"):
             raise OSError(errno.EIO, "Input/output error")
         real(old, new, flag)
 
-    monkeypatch.setattr(publish, "_rename", fail)
+    monkeypatch.setattr(publish_folder, "rename", fail)
     with pytest.raises(OutputError, match="untouched"):
         write_folder(tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == {"a": b"old"}
@@ -347,7 +348,7 @@ def test_a_failing_exchange_leaves_the_old_folder_and_no_trace(tmp_path, monkeyp
 
 def test_what_a_killed_run_left_of_a_folder_is_reclaimed_and_a_living_ones_is_not(tmp_path):
     script = (
-        "import sys; from wavg.publish import AtomicFolder\n"
+        "import sys; from wavg.publish_folder import AtomicFolder\n"
         "folder = AtomicFolder(sys.argv[1]).__enter__(); folder.file('a').write(b'x', 0)\n"
         "print(folder.temporary, flush=True); sys.stdin.read()"
     )

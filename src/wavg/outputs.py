@@ -22,17 +22,12 @@ from wavg.formats import (
 from wavg.formats.folders import beside, retyped, unlike_an_output
 from wavg.opening import uncollected
 from wavg.plan import Plan
-from wavg.publish import (
-    AtomicFile,
-    AtomicFolder,
-    NewFile,
-    reclaim_unnamed,
-    refuse_existing,
-    refuse_folders_within,
-)
+from wavg.publish import Atomic, AtomicFile, NewFile, refuse_existing
+from wavg.publish_folder import AtomicFolder, refuse_folders_within
 from wavg.record import KEY
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
+from wavg.temporaries import reclaim_unnamed
 
 __all__ = ["Output", "divided", "new", "planned", "refuse", "refuse_full"]
 
@@ -48,7 +43,7 @@ class Output(NamedTuple):
     files: Sequence[NewFile]
     templates: list[Template]
     sink: FileSink
-    published: Sequence[AtomicFile | AtomicFolder]
+    published: Sequence[Atomic]
 
     def finish(self) -> None:
         """Do what is left when all numbers are written."""
@@ -173,7 +168,7 @@ def new(
         yield Output(files, templates, FileSink(files, templates, None), published)
 
 
-_Begun: TypeAlias = "tuple[Sequence[NewFile], Sequence[AtomicFile | AtomicFolder]]"
+_Begun: TypeAlias = "tuple[Sequence[NewFile], Sequence[Atomic]]"
 
 
 @contextlib.contextmanager
