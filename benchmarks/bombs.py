@@ -12,6 +12,7 @@ results/bombs.json; exit code 1 if anything was bad.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -162,6 +163,14 @@ def patched(content: bytes, old: int, new: int) -> bytes:
     return content.replace(before, after)
 
 
+@functools.cache
+def deflated_twice(size: int) -> bytes:
+    """Return so many zeros, compressed, and compressed again."""
+    once, piece = zlib.compressobj(9), bytes(1 << 20)
+    pieces = [once.compress(piece[: size - start]) for start in range(0, size, len(piece))]
+    return zlib.compress(b"".join(pieces) + once.flush(), 9)
+
+
 def overlapping(group: h5py.Group) -> None:
     """Make 256 chunks of 4 GB each, deflated twice to almost nothing."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -171,11 +180,7 @@ def overlapping(group: h5py.Group) -> None:
     properties.set_filter(1, h5py.h5z.FLAG_MANDATORY, (9,))
     space = h5py.h5s.create_simple((256 * chunk,))
     made = h5py.h5d.create(group.id, b"0", h5py.h5t.IEEE_F32LE, space, dcpl=properties)
-    once = zlib.compressobj(9)
-    pieces = [once.compress(bytes(1 << 20)) for _ in range(4095)] + [
-        once.compress(bytes((1 << 20) - 4))
-    ]
-    twice = zlib.compress(b"".join(pieces) + once.flush(), 9)
+    twice = deflated_twice(4 * chunk)
     for number in range(256):
         made.write_direct_chunk((number * chunk,), twice if number < 60 else b"x" * 60)
 

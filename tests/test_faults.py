@@ -336,6 +336,39 @@ def test_a_part_of_an_archive_is_whole_however_short_the_system_reads_and_writes
             assert made["w"][...].tolist() == list(range(50))
 
 
+def write_datasets(source):
+    with hdf5.opened(source, "w") as made:
+        for name in "abcdefgh":
+            made[name] = np.arange(9)
+            made.flush()
+
+
+def test_what_the_system_refuses_while_hdf5_writes_an_archive_is_told(tmp_path, monkeypatch):
+    source = hdf5.Source(str(tmp_path / "model.keras"), 64)
+    (tmp_path / "model.keras").write_bytes(bytes(64))
+    for number in range(1, 9):
+        calls = iter(range(1, 99))
+
+        def fails(*_, calls=calls, number=number):
+            if next(calls) == number:
+                disk_error()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5, "write_exactly", fails)
+            with pytest.raises(OutputError, match="Input/output error"):
+                write_datasets(source)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_an_archive_that_became_another_file_while_it_is_read_is_told(tmp_path, compressed):
+    path = tmp_path / "model.npz"
+    (np.savez_compressed if compressed else np.savez)(path, w=np.arange(9.0))
+    with wavg.open_checkpoint(path) as checkpoint:
+        path.write_bytes(b"something else")
+        with pytest.raises(wavg.CheckpointFormatError, match=r"model\.npz"):
+            checkpoint["w"].read()
+
+
 def old_style(path):
     with h5py.File(path, "w", libver="earliest") as file:
         for name in ("second", "first"):

@@ -80,6 +80,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], base: int, size: int) -> None:
         self._file, self._base, self._size, self._position = file, base, size, 0
+        self._failure: OSError | None = None
 
     def readable(self) -> bool:
         return True
@@ -112,15 +113,26 @@ class _Window(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")  # whole: h5py does not look at what is returned
-        write_exactly(self._file.fileno(), view, self._base + self._position)
+        try:
+            write_exactly(self._file.fileno(), view, self._base + self._position)
+        except OSError as error:  # the library would go on with it pending, and lose it
+            self._failure = self._failure or error
         self._position += len(view)
         self._size = max(self._size, self._position)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         self._size = self._position if size is None else size
-        self._file.truncate(self._base + self._size)
+        try:
+            self._file.truncate(self._base + self._size)
+        except OSError as error:
+            self._failure = self._failure or error
         return self._size
+
+    def check(self) -> None:
+        """Raise what went wrong while the library wrote."""
+        if self._failure is not None:
+            raise self._failure
 
 
 @contextlib.contextmanager
@@ -136,6 +148,7 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
                 how = "rb" if mode == "r" else "r+b"
                 raw = stack.enter_context(open(path, how, buffering=0))
                 window = _Window(raw, source.base, source.length())
+                stack.callback(window.check)  # when the library is done with it
                 if mode == "w":
                     window.truncate(0)
                 file = stack.enter_context(h5py.File(window, mode, rdcc_nbytes=_CACHE))

@@ -29,8 +29,7 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     members = {member.name: member for member in zips.read_members(path)}
     source = _weights(path, members)
     checksums = tuple(m.checksum for m in members.values() if m.method == zips.STORED)
-    with zipfile.ZipFile(path) as archive:
-        config, metadata = (_text(path, archive, members.get(n)) for n in (_CONFIG, _METADATA))
+    config, metadata = _texts(path, [members.get(name) for name in (_CONFIG, _METADATA)])
     entries = _entries(path, metadata)
     version = entries.get("keras_version", "3")
     beside = keras_weights.made_of(config, version)
@@ -55,13 +54,14 @@ def _weights(path: str, members: Mapping[str, zips.Member]) -> Source:
     return Source(path, weights.payload.offset, weights.payload.length)
 
 
-def _text(path: str, archive: zipfile.ZipFile, member: zips.Member | None) -> bytes:
-    if member is None or member.length > _LARGEST_TEXT:
-        return b""  # nothing is made of it, and the order is that of writing
-    try:
-        return archive.read(member.name)
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
-        raise zips.not_sound(path, error) from None
+def _texts(path: str, wanted: Sequence[zips.Member | None]) -> list[bytes]:
+    with zips.sound(path), zipfile.ZipFile(path) as archive:
+        return [
+            b""  # nothing is made of it, and the order is that of writing
+            if member is None or member.length > _LARGEST_TEXT
+            else archive.read(member.name)
+            for member in wanted
+        ]
 
 
 def _entries(path: str, text: bytes) -> dict[str, str]:

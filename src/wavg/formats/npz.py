@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import threading
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -31,17 +30,12 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
     identity = identify(path)
     members = zips.read_members(path)
     specs: list[TensorSpec] = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in members:
-                if not member.name.endswith(".npy"):
-                    raise zips.bad_member(path, member.name, "is not an .npy array")
-                with archive.open(member.name) as content:
-                    specs.append(_spec(path, content, member, opaque_dtype))
-    except CheckpointFormatError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
-        raise zips.not_sound(path, error) from None
+    with zips.sound(path), zipfile.ZipFile(path) as archive:
+        for member in members:
+            if not member.name.endswith(".npy"):
+                raise zips.bad_member(path, member.name, "is not an .npy array")
+            with archive.open(member.name) as content:
+                specs.append(_spec(path, content, member, opaque_dtype))
     stored = [member.checksum for member in members if member.method == zips.STORED]
     return Index("npz", (identity,), tuple(specs), checksums=tuple(stored))
 
@@ -118,13 +112,15 @@ class _Deflated:
     """Reads compressed members; one stream at a time, for whoever asks."""
 
     def __init__(self, path: str) -> None:
-        self._archive = zipfile.ZipFile(path)
+        self._path = path
+        with zips.sound(path):
+            self._archive = zipfile.ZipFile(path)
         self._lock = threading.Lock()
         self._name, self._header = "", 0
         self._stream: IO[bytes] | None = None
 
     def read(self, spec: TensorSpec, start: int, out: npt.NDArray[Any]) -> None:
-        with self._lock:
+        with self._lock, zips.sound(self._path):
             if self._stream is None or self._name != spec.name:
                 if self._stream is not None:
                     self._stream.close()

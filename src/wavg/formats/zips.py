@@ -6,17 +6,18 @@ Archives are trusted in nothing. What they hold is never extracted, only read in
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from wavg.checkpoint import Checksum
-from wavg.errors import CheckpointFormatError, OutputError
+from wavg.errors import CheckpointFormatError, OutputError, WavgError
 from wavg.extents import Extent
 
 __all__ = ["Layout", "Member", "NewMember", "bad_member", "is_safe", "lay_out", "read_members"]
@@ -82,27 +83,20 @@ def read_members(path: str) -> list[Member]:
         No sound archive; duplicate, encrypted or unsafe names, overlapping members, other
         compressions than deflate, contents that would unpack to more than 100 times their size.
     """
-    try:
-        with _Bounded(path) as raw, zipfile.ZipFile(raw) as archive:
-            infos = archive.infolist()
-            names = collections.Counter(info.filename for info in infos)
-            members = []
-            entry = archive.start_dir
-            descriptor = raw.fileno()
-            for info in infos:
-                _check(path, info, names)
-                members.append(_member(path, descriptor, info, entry))
-                if info.compress_type != STORED:
-                    with archive.open(info) as content:
-                        while content.read(_COPY_BYTES):
-                            pass  # the zip library compares the checksum
-                entry += 46 + sum(struct.unpack("<HHH", os.pread(descriptor, 6, entry + 28)))
-    except CheckpointFormatError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
-        raise not_sound(path, error) from None
-    except (struct.error, NotImplementedError) as error:
-        raise not_sound(path, error) from None
+    with sound(path), _Bounded(path) as raw, zipfile.ZipFile(raw) as archive:
+        infos = archive.infolist()
+        names = collections.Counter(info.filename for info in infos)
+        members = []
+        entry = archive.start_dir
+        descriptor = raw.fileno()
+        for info in infos:
+            _check(path, info, names)
+            members.append(_member(path, descriptor, info, entry))
+            if info.compress_type != STORED:
+                with archive.open(info) as content:
+                    while content.read(_COPY_BYTES):
+                        pass  # the zip library compares the checksum
+            entry += 46 + sum(struct.unpack("<HHH", os.pread(descriptor, 6, entry + 28)))
     _refuse_overlap(path, members)
     return members
 
@@ -120,12 +114,27 @@ class _Bounded(io.FileIO):
         return data
 
 
-def not_sound(path: str, error: Exception) -> CheckpointFormatError:
-    """Return the error of an archive that the zip library refuses."""
-    kind = os.path.splitext(path)[1] or "zip"
-    return CheckpointFormatError(
-        f"{path}: not a sound {kind} file, perhaps truncated: {error}", path=path
-    )
+@contextlib.contextmanager
+def sound(path: str) -> Iterator[None]:
+    """Turn what the zip library says of an archive it cannot read into an error that names it."""
+    try:
+        yield
+    except WavgError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        struct.error,
+        NotImplementedError,
+    ) as error:
+        kind = os.path.splitext(path)[1] or "zip"
+        raise CheckpointFormatError(
+            f"{path}: not a sound {kind} file, perhaps truncated: {error}", path=path
+        ) from None
 
 
 def _check(path: str, info: zipfile.ZipInfo, names: Mapping[str, int]) -> None:
