@@ -1,14 +1,16 @@
 """Kill a run, and look at what stands under the output's name: the old one whole or the new one.
 
-    python benchmarks/kills.py FOLDER [--moments 1000] [--boundaries] [--formats NAME,...]
+    python benchmarks/kills.py FOLDER [--moments 1000] [--boundaries] [--interrupts 200]
 
 Each run, of a few milliseconds, averages two small checkpoints over an existing output in a fresh
 copy of this process. ``--moments``: SIGKILL after a random time of up to a little more than a run
 takes. ``--boundaries``: SIGKILL as the run enters its k-th system call, and as it leaves it, for
 every k (ptrace, all threads counted together; x86-64 Linux). Beside the output lie files of others
 and the temporary of a run that lives. After every kill all of that is compared, byte by byte; every
-tenth time a run that nobody kills has to succeed and to leave nothing but the new output. Writes
-results/kills_moments.json and kills_boundaries.json; exit code 1 if anything was bad.
+tenth time a run that nobody kills has to succeed and to leave nothing but the new output.
+``--interrupts``: the command gets SIGINT and SIGTERM, which it answers, at random moments. Writes
+kills_moments.json, kills_boundaries.json and kills_interrupts.json to results; exit code 1 if
+anything was bad.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thread that made it
 
 from common import record
-from small_runs import KINDS, Small, ended, recorded
+from small_runs import DONE, INTERRUPTED, KINDS, UNTYPED, Small, ended, recorded
 from tracing import Tracer, unavailable
 
+from wavg import cli
 from wavg.publish import AtomicFile
 from wavg.publish_folder import AtomicFolder
 
@@ -122,11 +125,45 @@ def at_every_boundary(small: Small, step: int) -> dict:
     return {"system_calls": calls, **tally.figures()}
 
 
+def command(small: Small) -> None:
+    """Do what a run does as the command does it, which ends on a signal after clearing away."""
+    words = ["average", *small.inputs, "-o", small.target, "--overwrite", "--quiet", "--no-isolate"]
+    own = [f"--{name.replace('_', '-')}={value}" for name, value in small.kind.options.items()]
+    code = cli.main([*words, *own, "--workers=2"])
+    os._exit({0: DONE, 130: INTERRUPTED}.get(code, UNTYPED))
+
+
+def interrupted(small: Small, count: int, rng: random.Random) -> dict:
+    """Send signals that the command may answer; it must have cleared away when it ends."""
+    small.run = lambda: command(small)  # type: ignore[method-assign]
+    counts: collections.Counter[str] = collections.Counter()
+    bad, length = [], duration(small)
+    for turn in range(count):
+        number = (signal.SIGINT, signal.SIGTERM)[turn % 2]
+        child = small.begin(lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        time.sleep(rng.uniform(0, 1.05 * length))
+        os.kill(child, number)
+        fate = ended(child)
+        state, strays = small.state()
+        parsing = "KeyboardInterrupt", "AttributeError: '_StoreAction'"  # what argparse makes of it
+        if fate == "untyped error" and state == "old" and small.message().startswith(parsing):
+            fate = "killed by it while reading its arguments"
+        counts[f"{fate}, {state}"] += 1
+        counts["left temporaries"] += strays > 0
+        if fate not in ("done", "interrupted") and not fate.startswith("killed by"):
+            bad.append(f"{number.name}: {fate}, {state}, {small.message()}")
+        if state.startswith("bad"):
+            bad.append(f"{number.name}: {state}")
+        small.restore()
+    return {"signals": count, **dict(sorted(counts.items())), "bad": len(bad), "examples": bad[:5]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--moments", type=int, default=0, metavar="N")
     parser.add_argument("--boundaries", action="store_true")
+    parser.add_argument("--interrupts", type=int, default=0, metavar="N")
     parser.add_argument("--step", type=int, default=1, help="only every so many boundaries")
     parser.add_argument("--formats", default="", help="names, separated by commas; all by default")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,7 +173,8 @@ def main() -> None:
         sys.exit(f"--boundaries: {why}")
     wanted = [name for name in options.formats.split(",") if name]
     rng = random.Random(options.seed)
-    figures = {name: recorded(f"kills_{name}", wanted) for name in ("moments", "boundaries")}
+    modes = ("moments", "boundaries", "interrupts")
+    figures = {name: recorded(f"kills_{name}", wanted) for name in modes}
     bad = 0
     for kind in KINDS:
         if wanted and kind.name not in wanted:
@@ -151,6 +189,8 @@ def main() -> None:
                 figures["moments"][kind.name] = at_random_moments(small, options.moments, rng)
             if options.boundaries:
                 figures["boundaries"][kind.name] = at_every_boundary(small, options.step)
+            if options.interrupts:
+                figures["interrupts"][kind.name] = interrupted(small, options.interrupts, rng)
         for name, found in figures.items():
             if getattr(options, name):
                 print(f"{kind.name}, {name}: {found[kind.name]}", flush=True)

@@ -25,7 +25,7 @@ import wavg
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 FOREIGN = "what others keep here"
-DONE, TYPED, UNTYPED = 0, 10, 11  # how a child ends
+DONE, TYPED, UNTYPED, INTERRUPTED = 0, 10, 11, 130  # how a child ends
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Small:
         self.old: dict[str, bytes] = {}
         if self.replaces:
             wavg.average_checkpoints(
-                self.inputs, self._target(), **{**self.options, "weights": [3, 1]}
+                self.inputs, self.target, **{**self.options, "weights": [3, 1]}
             )
             self.old = self.content()
             assert wavg.load(self.output)
@@ -113,12 +113,14 @@ class Small:
         wavg.save(path, model(number))
         return str(path)
 
-    def _target(self) -> str:
+    @property
+    def target(self) -> str:
+        """The output as it is named to wavg."""
         return str(self.output) + "/" * self.kind.folder
 
     def run(self) -> None:
         """Average into the output, replacing what is there."""
-        wavg.average_checkpoints(self.inputs, self._target(), overwrite=True, **self.options)
+        wavg.average_checkpoints(self.inputs, self.target, overwrite=True, **self.options)
 
     def content(self) -> dict[str, bytes]:
         """Return every file of the output's folder by its path within."""
@@ -215,6 +217,7 @@ def ended(child: int, seconds: float = 60) -> str:
             if os.WIFSIGNALED(status):
                 return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
             names = {DONE: "done", TYPED: "typed error", UNTYPED: "untyped error"}
+            names[INTERRUPTED] = "interrupted"
             return names.get(os.WEXITSTATUS(status), f"exit code {os.WEXITSTATUS(status)}")
         time.sleep(0.0005)
     os.kill(child, signal.SIGKILL)
