@@ -145,7 +145,7 @@ class Small:
 
     def _is_stray(self, name: str) -> bool:
         own = {file.partition("/")[0] for file in self.new}
-        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.wavg-tmp", name)
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.wavg-(?:tmp|old)", name)
         return found is not None and found[1] in own
 
     def state(self) -> tuple[str, int]:

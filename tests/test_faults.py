@@ -257,13 +257,16 @@ def test_shards_that_a_killed_run_let_appear_unnamed_are_reclaimed(tmp_path):
     assert len(os.listdir(output.parent)) == 3
 
 
-def test_a_shard_of_somebody_else_is_not_reclaimed(tmp_path):
+@pytest.mark.parametrize("second_name", [False, True])  # as of a file that was being replaced
+def test_a_shard_of_somebody_else_is_not_reclaimed(tmp_path, second_name):
     place = tmp_path / "in"
     place.mkdir()
     wavg.save(place / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
     shard = tmp_path / "model-00001-of-00002.safetensors"
     shard.write_bytes(b"theirs")
     (tmp_path / f".{shard.name}.0123456789ab.wavg-tmp").write_bytes(b"of a run that was killed")
+    if second_name:
+        os.link(shard, tmp_path / f".{shard.name}.0123456789ab.wavg-old")
     with pytest.raises(wavg.OutputExistsError):
         wavg.average_checkpoints(
             [place], tmp_path / "model.safetensors.index.json", max_shard_size=32

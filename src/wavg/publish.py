@@ -21,7 +21,7 @@ import numpy.typing as npt
 from wavg.errors import OutputError, OutputExistsError, WavgError
 from wavg.positional import write_exactly
 from wavg.renames import FAILING, sync_folder
-from wavg.temporaries import beside, claimed, is_open_as, reclaim, remove_stray
+from wavg.temporaries import OLD, beside, claimed, is_open_as, reclaim, remove_stray
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -280,16 +280,15 @@ class AtomicFile(NewFile):
 
     def _replace(self) -> None:
         """Replace what is there, and keep it under another name until that is confirmed."""
-        kept = beside(self.destination)
+        self._kept = beside(self.destination, OLD)
         try:
-            os.link(self.destination, kept)
-            self._kept = kept
+            os.link(self.destination, self._kept)
         except FileNotFoundError:
-            pass
+            self._kept = ""
         except OSError as error:
             if error.errno in FAILING:
                 raise
-            self._gone = True  # a file system without hard links
+            self._kept, self._gone = "", True  # a file system without hard links
         os.replace(self.temporary, self.destination)
 
     def _publish_new(self) -> None:

@@ -18,6 +18,8 @@ except ImportError:  # pragma: no cover - Windows: strays are then left for a pe
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "NEW",
+    "OLD",
     "beside",
     "claimed",
     "is_open_as",
@@ -27,13 +29,13 @@ __all__ = [
     "remove_stray",
 ]
 
-_SUFFIX = ".wavg-tmp"
+NEW, OLD = ".wavg-tmp", ".wavg-old"  # what is in the making; what was replaced a moment ago
 
 
-def beside(destination: str) -> str:
+def beside(destination: str, ending: str = NEW) -> str:
     """Return a new name for a temporary beside a destination."""
     folder, name = os.path.split(destination)
-    return os.path.join(folder, f".{name}.{os.urandom(6).hex()}{_SUFFIX}")
+    return os.path.join(folder, f".{name}.{os.urandom(6).hex()}{ending}")
 
 
 def _lock(descriptor: int) -> bool:
@@ -69,7 +71,7 @@ def is_open_as(path: str, descriptor: int) -> bool:
 
 def reclaim(destination: str) -> None:
     """Remove what killed runs to this destination left beside it."""
-    for stray, _ in _strays(destination):
+    for stray, _ in _strays(destination, NEW, OLD):
         with contextlib.suppress(OSError):
             remove(stray)
 
@@ -85,16 +87,16 @@ def reclaim_unnamed(naming: str, paths: Sequence[str]) -> None:
     for path in paths:
         destination = os.path.realpath(path)
         if os.path.isfile(destination):
-            for _, descriptor in _strays(destination):
+            for _, descriptor in _strays(destination, NEW):
                 with contextlib.suppress(OSError):  # it is refused then, like any file there
                     if is_open_as(destination, descriptor):
                         os.unlink(destination)
 
 
-def _strays(destination: str) -> Iterator[tuple[str, int]]:
+def _strays(destination: str, *endings: str) -> Iterator[tuple[str, int]]:
     """Yield temporaries of runs that live no more, each locked, with an open descriptor."""
     folder, name = os.path.split(destination)
-    own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}{re.escape(_SUFFIX)}")
+    own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}({'|'.join(map(re.escape, endings))})")
     for entry in os.listdir(folder):
         if own.fullmatch(entry):
             stray = os.path.join(folder, entry)
