@@ -145,7 +145,7 @@ def interrupted(small: Small, count: int, rng: random.Random) -> dict:
         os.kill(child, number)
         fate = ended(child)
         state, strays = small.state()
-        parsing = "KeyboardInterrupt", "AttributeError: '_StoreAction'"  # what argparse makes of it
+        parsing = "KeyboardInterrupt", "AttributeError: '_Store"  # what argparse makes of it
         if fate == "untyped error" and state == "old" and small.message().startswith(parsing):
             fate = "killed by it while reading its arguments"
         counts[f"{fate}, {state}"] += 1
