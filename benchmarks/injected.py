@@ -221,7 +221,7 @@ def mounted(folder: Path, kind: str) -> Iterator[Path]:
     else:
         image.write_bytes(b"")
         os.truncate(image, 16 << 20)
-        quiet = ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)]
+        quiet = ["mkfs.ext4", "-q", "-m", "0", "-b", "4096", "-O", "^has_journal", str(image)]
         subprocess.run(quiet, check=True)
         command = ["mount", "-o", "loop", str(image), str(place)]
     subprocess.run(command, check=True)
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--allocations", action="store_true")
     parser.add_argument("--most", type=int, default=0, help="allocations to fail; all by default")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--systems", default="tmpfs,ext4", help="of --full")
     parser.add_argument("--formats", default="", help="names, separated by commas; all by default")
     parser.add_argument("--no-record", action="store_true", help="only print")
     options = parser.parse_args()
@@ -307,7 +308,7 @@ def main() -> None:
         name = "allocations" if allocator == "default" else f"allocations_{allocator}"
         each(name, lambda small: allocations(small, library, options.most), options.folder)
     if options.full:
-        for kind in ("tmpfs", "ext4"):
+        for kind in options.systems.split(","):
             with mounted(options.folder, kind) as place:
                 each(f"full_{kind}", full, place)
     sys.exit(bad > 0)

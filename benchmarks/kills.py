@@ -146,11 +146,14 @@ def interrupted(small: Small, count: int, rng: random.Random) -> dict:
         fate = ended(child)
         state, strays = small.state()
         parsing = "KeyboardInterrupt", "AttributeError: '_Store"  # what argparse makes of it
-        if fate == "untyped error" and state == "old" and small.message().startswith(parsing):
+        cleared = fate == "untyped error" and state == "old" and not strays
+        if cleared and small.message().startswith(parsing):
             fate = "killed by it while reading its arguments"
+        elif cleared and "Error" in small.message().partition(":")[0]:
+            fate = "interrupted, another error"  # what h5py makes of it within its own code
         counts[f"{fate}, {state}"] += 1
         counts["left temporaries"] += strays > 0
-        if fate not in ("done", "interrupted") and not fate.startswith("killed by"):
+        if not fate.startswith(("done", "interrupted")) and not fate.startswith("killed by"):
             bad.append(f"{number.name}: {fate}, {state}, {small.message()}")
         if state.startswith("bad"):
             bad.append(f"{number.name}: {state}")

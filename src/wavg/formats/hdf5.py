@@ -157,6 +157,10 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
             config.set_initial_size = True
             file.id.set_mdc_config(config)
             yield file
+            if mode != "r":
+                file.flush()  # what fails on closing h5py does not always tell
+        if mode != "r":
+            _check_closed(source)
     except WavgError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -165,6 +169,15 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
         raise CheckpointFormatError(
             f"{path}: not a sound HDF5 file: {_reason(error)}", path=path
         ) from error
+
+
+def _check_closed(source: Source) -> None:
+    """Raise an error if the library still holds a file open that it wrote: closing it failed."""
+    with source.reader() as read:
+        head = read(0, 24)
+    version = head[8]
+    if head[20 if version < 2 else 11] & 1:  # the mark of a file that is being written
+        raise OSError("the HDF5 library did not close it, as for lack of memory")
 
 
 def _reason(error: Exception) -> str:
