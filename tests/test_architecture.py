@@ -76,7 +76,7 @@ MAY_IMPORT = {
     "state": "files structure weights errors",
     "streaming": "files inputs record ring state structure tracks weights errors",
     "prefixes": "",
-    "prefix_sums": "checkpoint plan prefixes rounding errors",
+    "prefix_sums": "checkpoint plan positional prefixes rounding errors",
     "evaluation": "errors",
     "journal": "evaluation errors",
     "scoring": "checkpoint evaluation journal",

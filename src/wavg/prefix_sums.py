@@ -15,9 +15,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wavg.checkpoint import Sink, TensorSpec, read_exactly
+from wavg.checkpoint import Sink, TensorSpec
 from wavg.errors import NonFiniteError
 from wavg.plan import Decision, Plan
+from wavg.positional import read_exactly
 from wavg.prefixes import Step
 from wavg.rounding import round_to
 
