@@ -324,7 +324,9 @@ def kills() -> str:
     def rows() -> Iterator[str]:
         for name, row in moments.items():
             other = boundaries[name]
-            stood = [f"{row.get(s, 0) + other.get(s, 0):,}" for s in ("old", "new", "unnamed")]
+            counts = [row.get(s, 0) + other.get(s, 0) for s in ("old", "new", "unnamed")]
+            counts[1] -= row.get("were done before", 0)  # by themselves: no kill
+            stood = [f"{count:,}" for count in counts]
             yield (
                 f"{name} | {row['kills']:,} | {other['system_calls']:,} | {other['kills']:,} | "
                 f"{' | '.join(stood)} | {row['bad'] + other['bad']} | "
