@@ -7,6 +7,7 @@ system's own calls, and many times; here the calls of `os` fail, each once. See 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -114,26 +115,27 @@ def disk_error(*_, **__):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def once(real, result=None):
-    """A call that fails the first time, and succeeds when it is tried again."""
-    calls = []
+def once(real, which=1):
+    """A call that fails one time, and succeeds when it is tried again."""
+    calls = itertools.count(1)
 
     def call(*arguments):
-        calls.append(arguments)
-        if len(calls) == 1:
+        if next(calls) == which:
             disk_error()
-        return real(*arguments) if result is None else result
+        return real(*arguments)
 
-    call.calls = calls
     return call
 
 
-@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
-def test_a_sync_that_failed_stays_failed(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [(AtomicFile, 1), (AtomicFolder, 1), (AtomicFolder, 2)],  # the file's, the folder's own
+)
+def test_a_sync_that_failed_stays_failed(tmp_path, monkeypatch, kind, which):
     with kind(f"{tmp_path}/out") as made:
         file = made if kind is AtomicFile else made.file("a")
         file.write(b"new", 0)
-        monkeypatch.setattr(os, "fsync", once(os.fsync))
+        monkeypatch.setattr(os, "fsync", once(os.fsync, which))
         for attempt in (made.sync, made.sync, made.commit):
             with pytest.raises(OutputError, match="Input/output error"):
                 attempt()

@@ -42,6 +42,7 @@ class AtomicFolder:
         self.temporary = beside(self.destination)
         self._descriptor = -1
         self._files: list[NewFile] = []
+        self._lost: OutputError | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -94,11 +95,20 @@ class AtomicFolder:
         return new
 
     def sync(self) -> None:
-        """Make the folder and its files durable, still under its temporary name."""
+        """Make the folder and its files durable, still under its temporary name.
+
+        Once it failed it fails, as `NewFile.sync` does.
+        """
         for file in self._files:
             file.sync()
-        with failures(self.path, self.temporary):
-            os.fsync(self._descriptor)
+        if self._lost is not None:
+            raise self._lost
+        try:
+            with failures(self.path, self.temporary):
+                os.fsync(self._descriptor)
+        except OutputError as error:
+            self._lost = error
+            raise
 
     def commit(self) -> None:
         """Make the folder durable and let it appear, whole, under its name.
