@@ -226,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cuts", type=int, default=1000, help="of a larger file")
+    parser.add_argument("--step", type=int, default=1, help="only every so many bytes")
     parser.add_argument("--changes", type=int, default=200, help="of inputs, for each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-record", action="store_true", help="only print")
@@ -237,7 +238,7 @@ def main() -> None:
         for name, subject in subjects(options.folder / size, large=size == "large"):
             length = len(subject.content)
             cuts = (
-                range(length)
+                range(0, length, options.step)
                 if size == "small"
                 else sorted(rng.sample(range(length), min(length, options.cuts)))
             )

@@ -519,7 +519,7 @@ def test_other_errors_are_not_taken_for_shortages():
         "kills.py FOLDER --boundaries --step 37",
         "injected.py FOLDER --calls --formats safetensors,.npz",
         "injected.py FOLDER --allocations --most 60 --formats safetensors,.h5",
-        "truncations.py FOLDER --cuts 100 --changes 20",
+        "truncations.py FOLDER --step 11 --cuts 100 --changes 20",
         "bombs.py FOLDER",
     ],
 )
