@@ -398,6 +398,8 @@ def main() -> None:
         size = sum(map(len, files.values()))
         path = str(folder / next(iter(files)))
         found = {way: attempt(work, before) for way, work, before in ways(path)}
+        for result in found.values():
+            result["outcome"] = result["outcome"].replace(f"{folder}/", "")
         rows.append({"format": form, "name": name, "bytes": size, "ways": found})
         for way, result in found.items():
             refused = "Error: " in result["outcome"] and not result["outcome"].startswith("untyped")
