@@ -95,12 +95,13 @@ MAY_IMPORT = {
     "cli_options": "alignment plan",
     "cli_sweep": "cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture weights",
-    "cli": "cli_options cli_sweep cli_weights files formats grid kernel record selection demo "
-    f"weights errors inputs plan {FACE}",
+    "cli_inspect": "checkpoint cli_options cli_weights errors files record verification",
+    "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
+    f"selection weights errors inputs plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(
-    MAY_IMPORT.keys() - {"cli", "cli_options", "cli_sweep", "cli_weights", "demo"}
+    MAY_IMPORT.keys() - {"cli", "cli_inspect", "cli_options", "cli_sweep", "cli_weights", "demo"}
 )
 MAY_IMPORT["__main__"] = "cli"
 

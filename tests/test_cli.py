@@ -601,6 +601,15 @@ def test_demo_runs_twice_and_tells_the_same(run):
     )
 
 
+@pytest.mark.parametrize("name", ["model_500.safetensors", "model_1.safetensors", "m.h5"])
+def test_demo_stays_out_of_a_folder_with_checkpoints_of_another_run(run, name):
+    os.mkdir("mine")
+    wavg.save(f"mine/{name}", {"w": np.float32([7])})
+    code, _, err = run("demo", "mine")
+    assert (code, os.listdir("mine")) == (1, [name])
+    assert "mine holds checkpoints that are not the demo's" in err
+
+
 def test_demo_keeps_to_its_own_files(run):
     os.mkdir("mine")
     with open("mine/notes.txt", "w") as file:
@@ -631,7 +640,7 @@ def test_what_the_demo_says_comes_next_works(run):
     [line] = re.findall(r"next: +wavg (.*)", out)
     assert run(*line.replace("'", "").split(), "--quiet") == (0, "", "")
     models = [wavg.load(f"next/model_{epoch}.safetensors") for epoch in range(491, 501)]
-    right = wavg.average(models, "linear")
+    right = wavg.average(models, re.search("--weights (.*)", line)[1])
     for name, array in wavg.load("average.safetensors").items():
         assert array.tobytes() == right[name].tobytes()
 

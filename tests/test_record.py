@@ -248,3 +248,13 @@ def test_a_header_is_changed_in_its_metadata_alone(metadata, tensors, place, asc
     size = len(header)
     identity = ours.FileIdentity("m", 8 + size, 0, 0, 0)
     assert ours.parsed(identity, header).tensors  # such headers are sound
+
+
+def test_what_a_file_says_cannot_steer_the_terminal(tmp_path, capsys):
+    text = wavg.Record("\x1b[2Jfake\nline", 1.0, (), 1).text()
+    metadata = {"wavg": text, "note\x07": "\x1b[31m"}
+    wavg.save(tmp_path / "m.safetensors", {"w\x9b": np.float32([1])}, metadata=metadata)
+    assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "weights \\x1b[2Jfake\\nline" in out
+    assert all(letter.isprintable() for letter in out.replace("\n", ""))

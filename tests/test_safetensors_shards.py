@@ -558,6 +558,10 @@ def test_the_configuration_tells_another_dtype_and_is_else_the_same(run, tmp_pat
     expected = config.replace(b'dtype" : "float32', b'dtype" : "float16')
     expected = expected.replace(b'dtype":"float32', b'dtype":"float16')
     assert (tmp_path / "out/config.json").read_bytes() == expected
+    wavg.average_checkpoints(run, tmp_path / "mixed", dtype="float16", exclude="*mlp*")
+    assert (tmp_path / "mixed/config.json").read_bytes() == config  # loaders would narrow those
+    wavg.average_checkpoints(run, tmp_path / "wider", dtype="float64", exclude="*mlp*")
+    assert b'"float64"' in (tmp_path / "wider/config.json").read_bytes()
 
 
 def test_an_index_keeps_what_else_it_says(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -152,10 +153,61 @@ def test_inputs_are_found_beside_the_output_and_among_others(run, output, tmp_pa
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "deeper").mkdir()
     moved = shutil.move(output, tmp_path / "elsewhere" / "deeper" / "average.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"m_9\.safetensors, from which .* 2 more inputs"):
+    with pytest.raises(FileNotFoundError, match=r"m_9\.safetensors, of which .* 2 more inputs"):
         wavg.verify(moved)
     monkeypatch.chdir(run)
     assert wavg.verify(moved).faults == ()
+
+
+def test_of_several_runs_with_the_same_names_that_of_the_recorded_sizes_is_taken(run, tmp_path):
+    (tmp_path / "another").mkdir()
+    for path in run.iterdir():  # found before the folder "run"
+        tensors = wavg.load(path)
+        wavg.save(tmp_path / "another" / path.name, {**tensors, "more": np.float32([1])})
+    path = tmp_path / "average.safetensors"
+    wavg.average_checkpoints(run, path)
+    assert wavg.verify(path).inputs[0] == str(run / "m_9.safetensors")
+    (run / "m_10.safetensors").rename(tmp_path / "m_10.moved")
+    (tmp_path / "another" / "m_9.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^m_9\.safetensors|^m_10\.safetensors"):
+        wavg.verify(path)
+
+
+def test_of_two_runs_that_both_fit_one_has_to_be_named(run, output, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    with pytest.raises(wavg.WavgError, match="are in several folders"):
+        wavg.verify(output)
+    assert wavg.verify(output, tmp_path / "copy").faults == ()
+
+
+def test_an_output_is_not_taken_for_its_own_input(tmp_path):
+    folder = tmp_path / "run" / "checkpoint-100"
+    hf_folders.single(folder, hf_folders.model(1))
+    output = tmp_path / "run" / "one"
+    wavg.average_checkpoints([folder], f"{output}/")
+    assert wavg.verify(output).faults == ()
+    hf_folders.single(tmp_path / "run" / "checkpoint-9", {"other": np.float32([1])})
+    assert wavg.verify(output, [tmp_path / "run/checkpoint-9", folder]).faults == ()
+
+
+def test_a_folder_of_several_kinds_may_be_named(run, output, tmp_path):
+    wavg.save(run / "beside.npz", {"x": np.float32([1])})
+    assert wavg.verify(output, run).faults == ()
+
+
+def test_a_record_that_names_an_input_twice_is_computed_again(run, tmp_path):
+    path = tmp_path / "average.safetensors"
+    wavg.average_checkpoints(str(run / "m_9.safetensors"), path, record="sha256")
+    record = wavg.Record.read(wavg.open_checkpoint(path).metadata)
+    twice = dataclasses.replace(record, sources=record.sources * 2, count=2)
+    tensors = wavg.load(path)
+    wavg.save(path, tensors, metadata={"wavg": twice.text()}, overwrite=True)
+    assert wavg.verify(path, run).faults == ()
+
+
+def test_a_sample_has_a_block(run, output):
+    with pytest.raises(ValueError, match="blocks must be a positive number, not 0"):
+        wavg.verify(output, run, blocks=0)
 
 
 def test_a_sharded_folder_is_verified(tmp_path):
@@ -191,7 +243,7 @@ def test_a_file_without_a_record_is_refused(run, tmp_path):
     "options",
     [
         *('{"nothing":"1"}', '{"nothing":1}', '{"dtype":"int8"}', '{"dtype":3}', '{"dtype":true}'),
-        *('{"exclude":true}', '{"include":[["w"]]}', '{"include":"w"}', '{"max_shard_size":0}'),
+        *('{"exclude":true}', '{"include":[["w"]]}', '{"include":"w"}', '{"workers":"2"}'),
     ],
 )
 def test_a_record_that_makes_no_sense_is_refused(run, output, tmp_path, options):

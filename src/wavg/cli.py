@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
@@ -19,30 +18,28 @@ from functools import partial
 from typing import Any
 
 import wavg
-from wavg import cli_sweep, cli_weights
+from wavg import cli_inspect, cli_sweep, cli_weights
 from wavg.cli_options import (
     add_command,
     add_direction,
     add_inputs,
     add_json,
+    add_limits,
     add_metrics,
-    add_opaque,
     add_tensors,
     bytes_of,
     count_of,
     numbers,
     positive,
     shard_size,
-    size,
 )
 from wavg.errors import WavgError
-from wavg.files import Report, average_checkpoints, open_checkpoint, plan_average
+from wavg.files import Report, average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.grid import newest
 from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan
-from wavg.record import KEY, Record
 from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
@@ -135,27 +132,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     cli_weights.add_arguments(command, positive, numbers)
     add_json(command)
-    command = add_command(
-        commands,
-        "inspect",
-        _inspect,
-        "show what a checkpoint holds",
-        """\
-            wavg inspect model.safetensors""",
-    )
-    command.add_argument("path", metavar="PATH")
-    add_opaque(command)
-    add_json(command)
-    _add_verify(
-        add_command(
-            commands,
-            "verify",
-            _verify,
-            "compute an averaged safetensors file again from its inputs, and compare",
-            """\
-            wavg verify average.safetensors run/ --full""",
-        )
-    )
+    cli_inspect.add_inspect(commands)
+    cli_inspect.add_verify(commands)
+    cli_sweep.add_sweep(commands)
+    cli_sweep.add_soup(commands)
     command = add_command(
         commands,
         "demo",
@@ -171,8 +151,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         default="wavg-demo",
         help="where its checkpoints and picture go (default: wavg-demo)",
     )
-    cli_sweep.add_sweep(commands)
-    cli_sweep.add_soup(commands)
     return parser, commands.choices
 
 
@@ -238,39 +216,9 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
     )
-    _add_limits(command)
+    add_limits(command)
     add_json(command)
     add("--quiet", action="store_true", help="print nothing but errors")
-
-
-def _add_verify(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("output", metavar="OUTPUT", help="what wavg average wrote")
-    add("inputs", metavar="INPUT", nargs="*", help="where its inputs are (default: beside it)")
-    add("--full", action="store_true", help="compare every number, not a sample")
-    add(
-        "--blocks",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="the sample: so many blocks of 4,096 numbers (default: %(default)s)",
-    )
-    add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
-    add_opaque(command)
-    _add_limits(command)
-    add_json(command)
-
-
-def _add_limits(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add(
-        "--max-memory",
-        type=size,
-        default=64 * MIB,
-        metavar="SIZE",
-        help="memory beyond the interpreter (default: 64MiB)",
-    )
-    add("--workers", type=positive, metavar="N", help="threads (default: the cores available)")
 
 
 def _average(options: argparse.Namespace) -> None:
@@ -454,104 +402,6 @@ def _shorten(lines: list[str], most: int = _SHOWN) -> list[str]:
     if len(lines) <= most:
         return lines
     return [*lines[: most - 1], f"  ... and {len(lines) - most + 1:,} more"]
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    with open_checkpoint(
-        options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
-    ) as checkpoint:
-        index = checkpoint.index
-    record = Record.read(index.metadata)
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "path": index.path,
-                    "format": index.format,
-                    "bytes": sum(identity.size for identity in index.files),
-                    "metadata": dict(index.metadata),
-                    "record": dataclasses.asdict(record) if record else None,
-                    **{
-                        key: [
-                            {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
-                            for s in specs
-                        ]
-                        for key, specs in (("tensors", index.tensors), ("optimizer", index.others))
-                    },
-                },
-                indent=2,
-            )
-        )
-        return
-    total = sum(identity.size for identity in index.files)
-    numbers = sum(spec.size for spec in index.tensors)
-    print(f"{index.path}: {index.format}, {bytes_of(total)}")
-    for key, value in index.metadata.items():
-        if key == KEY and record is not None:
-            continue
-        print(f"  {key}: {value if len(value) <= 60 else value[:57] + '...'}")
-    if record is not None:
-        print("\n".join(_record_as_text(record)))
-    for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
-        if not specs:
-            continue
-        print(f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else ""))
-        width = max(len(spec.name) for spec in specs)
-        for spec in specs:
-            shape = f" {cli_weights.glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
-            print(
-                f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {bytes_of(spec.nbytes):>12}"
-            )
-
-
-def _record_as_text(record: Record) -> Iterator[str]:
-    yield (
-        f"made by wavg {record.version} from {count_of(record.count, 'model')} up to step "
-        f"{record.step:g}, weights {record.weights}"
-        + "".join(f", {name} {value}" for name, value in record.options.items())
-    )
-    if not record.sources:
-        return
-    title = "inputs, oldest first"
-    width = max(len(title), *(len(source.name) for source in record.sources))
-    yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
-    for part, proportion in zip(record.sources, record.proportions, strict=True):
-        yield (
-            f"  {part.name:<{width}}  {part.step:>10g}  {proportion:.4f}  {bytes_of(part.size):>10}"
-        )
-        digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
-        for name, digest in digests.items():
-            if digest:
-                yield f"    sha256 {digest}  {name}".rstrip()
-
-
-def _verify(options: argparse.Namespace) -> None:
-    found = wavg.verify(
-        options.output,
-        options.inputs or None,
-        full=options.full,
-        blocks=options.blocks,
-        seed=options.seed,
-        isolate=options.isolate,
-        opaque_dtype=options.opaque_dtype,
-        max_memory=options.max_memory,
-        workers=options.workers,
-    )
-    share = f"{found.compared:,} of {found.numbers:,} numbers"
-    if options.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
-    elif not found.faults:
-        sha = ", and the inputs' digests are those recorded" * bool(found.record.sources[0].sha256)
-        print(
-            f"{found.output} is the average that its record says: {share} compared with "
-            f"{count_of(len(found.inputs), 'input')}{sha}"
-        )
-    if found.faults:
-        raise WavgError(
-            f"{found.output} is not what its record says ({share} compared):\n  "
-            + "\n  ".join(found.faults),
-            path=found.output,
-        )
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
-from wavg.plan import parse_size
+from wavg.plan import MIB, parse_size
 
 __all__ = [
     "add_command",
     "add_direction",
     "add_inputs",
     "add_json",
+    "add_limits",
     "add_metrics",
     "add_opaque",
     "add_tensors",
@@ -118,6 +119,19 @@ def add_metrics(command: argparse.ArgumentParser) -> None:
         help="what the checkpoints' names call the first epoch of a FILE that counts from 0, where "
         "that is not plain",
     )
+
+
+def add_limits(command: argparse.ArgumentParser) -> None:
+    """Add the limits of memory and threads."""
+    add = command.add_argument
+    add(
+        "--max-memory",
+        type=size,
+        default=64 * MIB,
+        metavar="SIZE",
+        help="memory beyond the interpreter (default: 64MiB)",
+    )
+    add("--workers", type=positive, metavar="N", help="threads (default: the cores available)")
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

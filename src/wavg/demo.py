@@ -25,6 +25,9 @@ Model = dict[str, Array]
 
 SEED = 11
 EPOCHS, KEPT = 500, 10
+_LAST = range(EPOCHS - KEPT + 1, EPOCHS + 1)
+_CHECKPOINTS = (".safetensors", ".h5", ".keras", ".npz", ".json")
+_MARK = {"format": "pt", "run": "wavg demo"}  # by which its files are known
 SCHEDULES = ("equal", "linear", "exponential:alpha=2")
 
 
@@ -57,14 +60,20 @@ def run(folder: str) -> Result:
     ----------
     folder
         Made if missing; the demo's own files in it are replaced.
+
+    Raises
+    ------
+    OutputExistsError
+        The folder has checkpoints that are not a run of the demo's.
     """
+    _refuse_other(folder)
     os.makedirs(folder, exist_ok=True)
     train_x, train_y, test_x, test_y = blobs()
     paths = []
     for epoch, model in training(train_x, train_y):
-        if epoch > EPOCHS - KEPT:
+        if epoch in _LAST:
             paths.append(os.path.join(folder, f"model_{epoch}.safetensors"))
-            wavg.save(paths[-1], model, overwrite=True)
+            wavg.save(paths[-1], model, metadata=_MARK, overwrite=True)
     single = [accuracy(wavg.load(path), test_x, test_y) for path in reversed(paths)]
     averages = {
         schedule: [
@@ -80,6 +89,27 @@ def run(folder: str) -> Result:
     if picture:
         plot(result, picture)
     return result
+
+
+def _refuse_other(folder: str) -> None:
+    """Raise an error if a folder has checkpoints of another run."""
+    if not os.path.isdir(folder):
+        return
+    own = [os.path.join(folder, f"model_{epoch}.safetensors") for epoch in _LAST]
+    there = [path for path in own if os.path.exists(path)]
+    if there and all(_metadata(path) == _MARK for path in there):
+        return
+    if there or any(name.endswith(_CHECKPOINTS) for name in os.listdir(folder)):
+        raise wavg.OutputExistsError(
+            f"{folder} holds checkpoints that are not the demo's; choose another folder, as in "
+            "`wavg demo another-folder`",
+            path=folder,
+        )
+
+
+def _metadata(path: str) -> dict[str, str]:
+    with wavg.open_checkpoint(path) as checkpoint:
+        return dict(checkpoint.metadata)
 
 
 def blobs() -> tuple[Array, Array, Array, Array]:
@@ -153,6 +183,7 @@ def story(result: Result) -> str:
     low, high = min(result.single), max(result.single)
     name, scores = next(iter(result.averages.items()))
     pattern = os.path.join(glob.escape(result.folder), "model_*.safetensors")
+    best = max(result.averages, key=lambda schedule: result.averages[schedule][-1])
     picture = result.picture or "none: `pip install matplotlib` and run again"
     return f"""\
 A 2-25-3 network learned {EPOCHS} epochs on 100 points in three overlapping blobs, at a learning
@@ -167,7 +198,7 @@ average: which one you get is luck. The {name} average of all {KEPT} scores {sco
 (One run with one seed: your own held-out data decides.)
 
 picture: {picture}
-next:    wavg average {shlex.quote(pattern)} -o average.safetensors --weights linear"""
+next:    wavg average {shlex.quote(pattern)} -o average.safetensors --weights {best}"""
 
 
 def plot(result: Result, path: str) -> None:

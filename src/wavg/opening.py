@@ -94,14 +94,16 @@ def digests(
 ) -> list[str | dict[str, str]]:
     """Return each checkpoint's SHA-256; where it has several files, that of each by its name."""
     files = [(c, number) for c in checkpoints for number in range(len(c.index.files))]
-    found: dict[str, dict[str, str]] = {checkpoint.path: {} for checkpoint in checkpoints}
     hashes = _side_by_side(lambda pair, stop: pair[0].sha256(pair[1], stop), files, workers)
-    for (checkpoint, number), digest in zip(files, hashes, strict=True):
-        identity = checkpoint.index.files[number]
-        found[checkpoint.path][os.path.basename(identity.path)] = digest
-        if tick is not None:
-            tick(identity.size)
-    return [next(iter(f.values())) if len(f) == 1 else f for f in found.values()]
+    result: list[str | dict[str, str]] = []
+    for checkpoint in checkpoints:
+        found = {}
+        for identity in checkpoint.index.files:
+            found[os.path.basename(identity.path)] = next(hashes)
+            if tick is not None:
+                tick(identity.size)
+        result.append(found if len(found) > 1 else found.popitem()[1])
+    return result
 
 
 def _side_by_side(

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from wavg import publish
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
+from wavg.dtypes import lookup
 from wavg.errors import OutputError, OutputExistsError
 from wavg.formats import (
     Format,
@@ -139,8 +140,15 @@ def planned(
 
 
 def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:
-    """Copy files into a folder in the making, as they are but for the dtype of the model."""
+    """Copy files into a folder in the making, as they are but for the dtype of the model.
+
+    Loaders convert to that: it stays where a carried-over tensor would lose by the new one.
+    """
     before = {d.spec.dtype for d in plan.averaged if d.output.dtype != d.spec.dtype}
+    if before:
+        bits = lookup(str(plan.options.dtype)).bits
+        carried = [d.spec for d in plan.carried if d.spec.dtype in before]
+        before = set() if any(spec.entry.bits > bits for spec in carried) else before
     for path in paths:
         name = os.path.basename(path)
         with reading(path), open(path, "rb") as source:

@@ -24,6 +24,7 @@ from wavg.quantised import refuse_quantised
 from wavg.weights import Figures, figures
 
 __all__ = [
+    "IN_THE_NUMBERS",
     "RECORDS",
     "Decision",
     "Options",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 RECORDS = ("inputs", "sha256", "none")
-_IN_THE_NUMBERS = ("dtype", "include", "exclude", "align", "optimizer", "allow_nonfinite")
+IN_THE_NUMBERS = ("dtype", "include", "exclude", "align", "optimizer", "allow_nonfinite")
 MIB = 1 << 20
 _BLOCK_BYTES = 512 << 10  # read from one input at once: fewer cost more calls, more leave the cache
 _UNPACKED_BYTES = 16 << 20  # of compressed tensors: chunks are unpacked whole, for every block
@@ -87,7 +88,7 @@ class Options:
         {'exclude': ['*.bias']}
         """
         default = Options()
-        pairs = [(name, getattr(self, name), getattr(default, name)) for name in _IN_THE_NUMBERS]
+        pairs = [(name, getattr(self, name), getattr(default, name)) for name in IN_THE_NUMBERS]
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value, usual in pairs

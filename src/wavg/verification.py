@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from wavg import stream
 from wavg.checkpoint import Checkpoint, TensorSpec
-from wavg.errors import WavgError
+from wavg.errors import CheckpointFormatError, WavgError
 from wavg.files import open_checkpoint
+from wavg.formats import open_file
 from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike, expand
 from wavg.opening import available_cores, digests, opened, verify_checksums, verify_unchanged
-from wavg.plan import Decision, Options, Weighting, make_plans, parse_size
+from wavg.plan import IN_THE_NUMBERS, Decision, Options, Weighting, make_plans, parse_size
 from wavg.record import Record, Source
 
 __all__ = ["Verification", "verify"]
@@ -78,7 +79,7 @@ def verify(
     inputs
         Where its inputs are: paths, folders, globs, which may hold others besides. By default they
         are looked for beside the output, in the folder above and the current one, and in the
-        folders directly in these.
+        folders directly in these; those of the recorded sizes are taken.
     full
         Compare every number, not a sample.
     blocks
@@ -102,7 +103,9 @@ def verify(
 
     Notes
     -----
-    The average is defined to the last bit, so that the comparison is one of bytes. It reads the
+    The average is defined to the last bit, so that the comparison is one of bytes. What is compared
+    is the inputs, the coefficients and the options; the schedule's name and the steps are what the
+    record says, and change no number. It reads the
     sample from every input; with digests, every input whole. A full comparison finds any change of
     a number in the output or, with digests, of any bit in an input; a sample finds a damage of the
     share p of all blocks with probability ``1 - (1 - p)^blocks``.
@@ -117,10 +120,12 @@ def verify(
     >>> wavg.verify(f"{run}/average.safetensors").faults
     ()
     """
+    if blocks < 1:
+        raise ValueError(f"blocks must be a positive number, not {blocks}")
     with open_checkpoint(output) as made:
         record = _record(made)
-        places = _candidates(os.path.abspath(made.path)) if inputs is None else [_given(inputs)]
-        paths = _located(record, places, made.path)
+        rings = _candidates(os.path.abspath(made.path)) if inputs is None else [[_given(inputs)]]
+        paths = _located(record, rings, made.path)
         workers = workers if workers is not None else available_cores()
         options = _options(record, made.path, max_memory=parse_size(max_memory), workers=workers)
         with opened(paths, opaque_dtype, isolate) as checkpoints:
@@ -171,6 +176,8 @@ def _record(made: Checkpoint) -> Record:
 def _options(record: Record, path: str, **limits: int) -> Options:
     told: dict[str, Any] = {}
     for name, value in record.options.items():
+        if name not in IN_THE_NUMBERS:
+            raise _puzzling(path, f"there is no option {name}")
         listed = name in ("include", "exclude")
         texts = value if listed and isinstance(value, list) else [value]
         if listed != isinstance(value, list) or not all(isinstance(t, (str, bool)) for t in texts):
@@ -187,48 +194,100 @@ def _puzzling(path: str, why: str) -> WavgError:
 
 
 def _given(inputs: PathLike | Iterable[PathLike]) -> list[str]:
-    paths = expand(inputs, sort=False)
-    return [(checkpoint_in(path) or path) if os.path.isdir(path) else path for path in paths]
+    """Return the paths in which to look: folders stay as they are, and are not to be averaged."""
+    listed = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    places = []
+    for path in [os.fspath(path) for path in listed]:
+        places += [path] if os.path.isdir(path) else expand(path, sort=False)
+    return places
 
 
-def _candidates(output: str) -> Iterator[list[str]]:
-    """Yield folders in which the inputs may be, each as a list of one: see `_located`."""
+def _candidates(output: str) -> Iterator[list[list[str]]]:
+    """Yield the places in which the inputs may be, nearest first, those as near together."""
     home = os.path.dirname(output)
     for base in dict.fromkeys([home, os.path.dirname(home), os.getcwd()]):
-        yield [base]
-        inner = (entry.path for entry in os.scandir(base) if entry.is_dir())
-        yield from ([path] for path in sorted(inner))
+        yield [[base]]
+        yield [
+            [path] for path in sorted(entry.path for entry in os.scandir(base) if entry.is_dir())
+        ]
 
 
-def _located(record: Record, places: Iterable[Sequence[str]], output: str) -> list[str]:
-    """Return the inputs' paths: all in the first place that has them.
+def _located(record: Record, rings: Iterable[Sequence[Sequence[str]]], output: str) -> list[str]:
+    """Return the inputs' paths: all in the nearest place that has them, in the sizes recorded.
 
-    A place is a folder, or a list of paths of which they are some.
+    A place is a list of folders, and of files of which they are some.
     """
-    names = [source.name for source in record.sources]
-    for place in places:
-        found = [_within(name, place) for name in names]
-        paths = [path for path in found if path is not None]
-        if len(paths) == len(names):
-            return paths
-        missing = [name for name, path in zip(names, found, strict=True) if path is None]
+    sources = record.sources
+    sizes = [source.size for source in sources]
+    missing = [source.name for source in sources]
+    whole: list[list[str]] = []
+    for ring in rings:
+        found = [[_within(source, place, output) for source in sources] for place in ring]
+        here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
+        fitting = [paths for paths in here.values() if _sizes(paths) == sizes]
+        if len(fitting) > 1:
+            folders = ", ".join(os.path.dirname(paths[0]) for paths in fitting[:3])
+            raise WavgError(
+                f"inputs with the names and sizes that {output} records are in several folders "
+                f"({folders}); say which",
+                path=output,
+            )
+        if fitting:
+            return fitting[0]
+        whole += here.values()
+        lacking = [[s.name for s, path in zip(sources, p, strict=True) if not path] for p in found]
+        missing = min([missing, *filter(None, lacking)], key=len)
+    if whole:
+        return whole[0]
+    more = f" and {len(missing) - 1:,} more inputs are" if len(missing) > 1 else " is"
     raise FileNotFoundError(
-        f"{missing[0]}, from which {output} was made, "
-        + f"and {len(missing) - 1:,} more inputs are" * (len(missing) > 1)
-        + "is" * (len(missing) == 1)
-        + " not to be found; say where the inputs are"
+        f"{missing[0]}, of which {output} was made,{more} not to be found; say where, as in "
+        f"`wavg verify {output} FOLDER`"
     )
 
 
-def _within(name: str, place: Sequence[str]) -> str | None:
+def _within(source: Source, place: Sequence[str], output: str) -> str:
+    """Return where in a place an input is, or nothing; the output is not its own input."""
+    name = source.name
+    found = []
     for path in place:
         if os.path.isdir(path):
-            inner = os.path.join(path, name)
-            if os.path.isfile(inner) and not set(name.split(os.sep)) & {"..", ""}:
-                return inner
-        elif f"/{os.path.abspath(path)}".endswith(f"/{name}"):
-            return path
-    return None
+            inner = [os.path.join(path, name)] if _is_plain(name) else []
+            inner += [p for p in [_checkpoint_of(path)] if p and _ends_with(p, name)]
+            found += [p for p in inner if os.path.isfile(p)]
+        elif _ends_with(path, name):
+            found.append(path)
+    found = [path for path in found if not os.path.samefile(path, output)]
+    if len(found) > 1:
+        found = [path for path in found if _size(path) == source.size] or found
+    return found[0] if found else ""
+
+
+def _is_plain(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in name.split(os.sep)
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return f"/{os.path.abspath(path)}".endswith(f"/{name}")
+
+
+def _checkpoint_of(folder: str) -> str | None:
+    try:
+        return checkpoint_in(folder)
+    except CheckpointFormatError:
+        return None  # whatever is in it, it is not one of the inputs
+
+
+def _sizes(paths: Iterable[str]) -> list[int]:
+    return [_size(path) for path in paths]
+
+
+def _size(path: str) -> int:
+    try:
+        with open_file(path) as checkpoint:
+            return sum(identity.size for identity in checkpoint.index.files)
+    except WavgError:
+        return -1  # no checkpoint, so not one of the inputs
 
 
 def _changes(record: Record, checkpoints: Sequence[Checkpoint], workers: int) -> Iterator[str]:

@@ -1,0 +1,184 @@
+"""The commands that look at a file: ``wavg inspect`` and ``wavg verify``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from wavg.checkpoint import Index
+from wavg.cli_options import (
+    add_command,
+    add_json,
+    add_limits,
+    add_opaque,
+    bytes_of,
+    count_of,
+    positive,
+)
+from wavg.cli_weights import glyph
+from wavg.errors import WavgError
+from wavg.files import open_checkpoint
+from wavg.record import KEY, Record
+
+__all__ = ["add_inspect", "add_verify", "printable"]
+
+_LONGEST = 60  # of a text of metadata
+
+
+def add_inspect(commands: Any) -> None:
+    """Declare ``wavg inspect``."""
+    command = add_command(
+        commands,
+        "inspect",
+        _inspect,
+        "show what a checkpoint holds, and how an average came to be",
+        "wavg inspect model.safetensors",
+    )
+    command.add_argument("path", metavar="PATH")
+    add_opaque(command)
+    add_json(command)
+
+
+def add_verify(commands: Any) -> None:
+    """Declare ``wavg verify``."""
+    command = add_command(
+        commands,
+        "verify",
+        _verify,
+        "compute an averaged safetensors file again from its inputs, and compare",
+        "wavg verify average.safetensors run/ --full",
+    )
+    add = command.add_argument
+    add("output", metavar="OUTPUT", help="what wavg average wrote")
+    add("inputs", metavar="INPUT", nargs="*", help="where its inputs are (default: beside it)")
+    add("--full", action="store_true", help="compare every number, not a sample")
+    add(
+        "--blocks",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="the sample: so many blocks of 4,096 numbers (default: %(default)s)",
+    )
+    add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
+    add_opaque(command)
+    add_limits(command)
+    add_json(command)
+
+
+def printable(text: str) -> str:
+    r"""Return a text of a file in a form that cannot steer a terminal.
+
+    >>> print(printable("w\x1b[2J"))
+    w\x1b[2J
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    with open_checkpoint(
+        options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
+    ) as checkpoint:
+        index = checkpoint.index
+    record = Record.read(index.metadata)
+    if options.json:
+        print(json.dumps(_as_json(index, record), indent=2))
+    else:
+        for line in _as_text(index, record):
+            print(printable(line))
+
+
+def _as_json(index: Index, record: Record | None) -> dict[str, Any]:
+    return {
+        "path": index.path,
+        "format": index.format,
+        "bytes": sum(identity.size for identity in index.files),
+        "metadata": dict(index.metadata),
+        "record": dataclasses.asdict(record) if record else None,
+        **{
+            key: [
+                {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
+                for s in specs
+            ]
+            for key, specs in (("tensors", index.tensors), ("optimizer", index.others))
+        },
+    }
+
+
+def _as_text(index: Index, record: Record | None) -> Iterator[str]:
+    total = sum(identity.size for identity in index.files)
+    numbers = sum(spec.size for spec in index.tensors)
+    yield f"{index.path}: {index.format}, {bytes_of(total)}"
+    for key, value in index.metadata.items():
+        if key != KEY or record is None:
+            yield f"  {key}: {value if len(value) <= _LONGEST else value[: _LONGEST - 3] + '...'}"
+    if record is not None:
+        yield from _record_as_text(record)
+    for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
+        if not specs:
+            continue
+        yield f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else "")
+        width = max(len(spec.name) for spec in specs)
+        for spec in specs:
+            shape = f" {glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
+            yield (
+                f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {bytes_of(spec.nbytes):>12}"
+            )
+
+
+def _record_as_text(record: Record) -> Iterator[str]:
+    yield (
+        f"made by wavg {record.version} from {count_of(record.count, 'model')} up to step "
+        f"{record.step:.15g}, weights {record.weights}"
+        + "".join(f", {name} {value}" for name, value in record.options.items())
+    )
+    if not record.sources:
+        return
+    title = "inputs, oldest first"
+    width = max(len(title), *(len(source.name) for source in record.sources))
+    yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
+    for part, proportion in zip(record.sources, record.proportions, strict=True):
+        size = bytes_of(part.size)
+        yield f"  {part.name:<{width}}  {part.step:>10.15g}  {proportion:.4f}  {size:>10}"
+        digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
+        for name, digest in digests.items():
+            if digest:
+                yield f"    sha256 {digest}  {name}".rstrip()
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from wavg.verification import verify
+
+    found = verify(
+        options.output,
+        options.inputs or None,
+        full=options.full,
+        blocks=options.blocks,
+        seed=options.seed,
+        isolate=options.isolate,
+        opaque_dtype=options.opaque_dtype,
+        max_memory=options.max_memory,
+        workers=options.workers,
+    )
+    share = f"{found.compared:,} of {found.numbers:,} numbers"
+    digests = bool(found.record.sources[0].sha256)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    elif not found.faults:
+        sha = ", and the inputs' digests are those recorded" * digests
+        print(
+            f"{found.output} is the average that its record says: {share} compared with "
+            f"{count_of(len(found.inputs), 'input')}{sha}"
+        )
+    if found.faults:
+        doubt = "" if digests else "; or an input has changed, which --record sha256 would tell"
+        raise WavgError(
+            f"{found.output} is not what its record says ({share} compared){doubt}:\n  "
+            + "\n  ".join(found.faults),
+            path=found.output,
+        )
