@@ -318,6 +318,7 @@ def test_files_of_one_layout_are_parsed_once(tmp_path, monkeypatch):
         assert [source.path for source in parsed] == [files[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", [False, True])
 def test_files_of_one_layout_share_what_lies_beside_the_model(tmp_path, isolate):
     slots = {f"optimizer/vars/{n}": np.full(2, n, "f4") for n in range(2, 500)}
@@ -933,6 +934,7 @@ def test_an_archive_of_more_than_four_gigabytes_is_laid_out_as_zips_are(tmp_path
     assert read == layout.members
 
 
+@pytest.mark.slow
 def test_an_archive_of_very_many_members_is_laid_out_as_zips_are(tmp_path):
     path = tmp_path / "many.npz"
     tensors = {f"w{i}": np.float32([i]) for i in range(66_000)}

@@ -17,12 +17,15 @@ keras = pytest.importorskip("keras")
 
 PAGE = Path(__file__).parent.parent / "docs" / "keras.md"
 
-pytestmark = pytest.mark.filterwarnings(
-    # Keras 3.15's variables, turned into arrays by NumPy 2.
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
-    # It tells that a file without the optimizer's state leaves that out; so does the page.
-    "ignore:Skipping variable loading for optimizer:UserWarning",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        # Keras 3.15's variables, turned into arrays by NumPy 2.
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+        # It tells that a file without the optimizer's state leaves that out; so does the page.
+        "ignore:Skipping variable loading for optimizer:UserWarning",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ def test_a_smaller_budget_is_honoured(tmp_path):
         assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_many_outputs_are_within_the_projection_and_the_budget(tmp_path, suffix):
     save_run(tmp_path, suffix, 4, 2, (2000, 500), "float32")
@@ -95,6 +96,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert large["measured"] < large["projected"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_many_tensors_in_many_files_share_one_index(tmp_path, suffix):
     save_run(tmp_path, suffix, 5, 700, (20,), "float32")
@@ -112,6 +114,7 @@ def test_huge_values_keep_the_promise(tmp_path):
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 
+@pytest.mark.slow
 def test_compressed_archives_keep_the_promise(tmp_path):
     rng = np.random.default_rng(0)
     for step in range(4):
@@ -134,6 +137,7 @@ def test_compressed_datasets_keep_the_promise(tmp_path, chunks):
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [".h5", ".npz"])
 def test_writing_another_format_keeps_the_promise(tmp_path, target):
     save_run(tmp_path, ".safetensors", 3, 2000, (20,), "float32")

@@ -124,8 +124,10 @@ def verify(
         raise ValueError(f"blocks must be a positive number, not {blocks}")
     with open_checkpoint(output) as made:
         record = _record(made)
-        rings = _candidates(os.path.abspath(made.path)) if inputs is None else [[_given(inputs)]]
-        paths = _located(record, rings, made.path)
+        if inputs is None:
+            paths = _located(record, _candidates(os.path.abspath(made.path)), made.path)
+        else:
+            paths = _located(record, [[_given(inputs)]], made.path, whatever_size=True)
         workers = workers if workers is not None else available_cores()
         options = _options(record, made.path, max_memory=parse_size(max_memory), workers=workers)
         with opened(paths, opaque_dtype, isolate) as checkpoints:
@@ -212,7 +214,13 @@ def _candidates(output: str) -> Iterator[list[list[str]]]:
         ]
 
 
-def _located(record: Record, rings: Iterable[Sequence[Sequence[str]]], output: str) -> list[str]:
+def _located(
+    record: Record,
+    rings: Iterable[Sequence[Sequence[str]]],
+    output: str,
+    *,
+    whatever_size: bool = False,
+) -> list[str]:
     """Return the inputs' paths: all in the nearest place that has them, in the sizes recorded.
 
     A place is a list of folders, and of files of which they are some.
@@ -220,7 +228,6 @@ def _located(record: Record, rings: Iterable[Sequence[Sequence[str]]], output: s
     sources = record.sources
     sizes = [source.size for source in sources]
     missing = [source.name for source in sources]
-    whole: list[list[str]] = []
     for ring in rings:
         found = [[_within(source, place, output) for source in sources] for place in ring]
         here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
@@ -234,15 +241,14 @@ def _located(record: Record, rings: Iterable[Sequence[Sequence[str]]], output: s
             )
         if fitting:
             return fitting[0]
-        whole += here.values()
+        if here and whatever_size:
+            return next(iter(here.values()))
         lacking = [[s.name for s, path in zip(sources, p, strict=True) if not path] for p in found]
         missing = min([missing, *filter(None, lacking)], key=len)
-    if whole:
-        return whole[0]
     more = f" and {len(missing) - 1:,} more inputs are" if len(missing) > 1 else " is"
     raise FileNotFoundError(
-        f"{missing[0]}, of which {output} was made,{more} not to be found; say where, as in "
-        f"`wavg verify {output} FOLDER`"
+        f"{missing[0]}, of which {output} was made,{more} not to be found, of the size "
+        f"recorded; say where, as in `wavg verify {output} FOLDER`"
     )
 
 
