@@ -363,3 +363,9 @@ def test_an_error_survives_the_way_from_another_process(name):
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(twin) is type(error)
         assert (str(twin), twin.tensor, twin.index) == (str(error), "w", (1,))
+
+
+def test_the_design_page_names_every_module():
+    page = (ROOT.parent.parent / "docs" / "design.md").read_text("utf-8")
+    names = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__", "_version"}
+    assert {name for name in names if f"`{name}`" not in page} == set()
