@@ -209,7 +209,26 @@ def bombs() -> str:
     )
 
 
+def bit_flips() -> str:
+    def rows() -> Iterator[str]:
+        for where, row in figures("bit_flips").items():
+            counts = " | ".join(f"{row[what]:,}" for what in ("flips", "told", "refused", "unseen"))
+            yield f"{'numbers of the output' if where == 'output' else 'an input'} | {counts}"
+
+    return table("in | bits flipped | told | input refused | unseen", rows())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
-    for made in (kills, interrupts, calls, allocations, full, truncations, changes, bombs)
+    for made in (
+        kills,
+        interrupts,
+        calls,
+        allocations,
+        full,
+        truncations,
+        changes,
+        bombs,
+        bit_flips,
+    )
 }
