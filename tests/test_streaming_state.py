@@ -380,6 +380,19 @@ def test_saving_replaces_unless_told_not_to(tmp_path):
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b"notes"])
+def test_saving_replaces_no_file_but_a_state(content, tmp_path):
+    path = tmp_path / "model.safetensors"
+    if content is None:
+        wavg.save(path, {"w": np.ones(2)})
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(OutputExistsError, match="is not the saved state of a StreamingAverager"):
+        averager_of(models(1)).save(path)
+    assert path.read_bytes() == before
+
+
 def test_what_a_file_cannot_hold_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(WeightError, match="no average yet"):

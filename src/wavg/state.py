@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,7 +13,13 @@ import numpy.typing as npt
 
 from wavg import weights as schedules
 from wavg.dtypes import lookup
-from wavg.errors import CheckpointFormatError, OutputError, WavgError, WeightError
+from wavg.errors import (
+    CheckpointFormatError,
+    OutputError,
+    OutputExistsError,
+    WavgError,
+    WeightError,
+)
 from wavg.files import open_checkpoint, save
 from wavg.structure import Leaf, Structure
 from wavg.weights import Schedule
@@ -36,9 +43,27 @@ def write(
     """Write a state; it appears under its name when complete."""
     if not path.endswith(_ENDING):
         raise OutputError(f"{path}: a state is a safetensors file; end its name {_ENDING}")
+    _refuse_other(path)
     leaves = [[leaf.path, leaf.format.name, leaf.shape] for leaf in structure.leaves]
     text = json.dumps({"v": _VERSION, **header, "leaves": leaves}, separators=(",", ":"))
     save(path, packed, metadata={_KEY: text}, overwrite=overwrite)
+
+
+def _refuse_other(path: str) -> None:
+    """Raise `OutputExistsError` if there is a file that is no saved state."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with open_checkpoint(path) as checkpoint:
+            held = _KEY in checkpoint.metadata
+    except CheckpointFormatError:
+        held = False
+    if not held:
+        raise OutputExistsError(
+            f"{path} exists and is not the saved state of a StreamingAverager, which is all that "
+            "saving one replaces; choose another name, or remove it",
+            path=path,
+        )
 
 
 @contextmanager

@@ -178,6 +178,8 @@ class StreamingAverager:
         ------
         WeightError
             There is no state yet, or a schedule is your own, without a text form.
+        OutputExistsError
+            There is a file that is no saved state, or any with ``overwrite=False``.
         OutputError
             The file cannot be written. A window in a folder needs no file: the folder is its state.
         """
