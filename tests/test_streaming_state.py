@@ -279,6 +279,49 @@ def test_an_update_that_was_interrupted_is_not_passed_over(options, monkeypatch,
             use()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"window": 2, "folder": "window"}])
+def test_an_update_interrupted_before_it_was_noted_is_not_passed_over(
+    options, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    averager = averager_of(models(2), **options)
+    update = averager._held.update
+
+    def interrupted(*arguments):
+        update(*arguments)
+        raise KeyboardInterrupt
+
+    averager._held.update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        averager.update(models(3)[2])
+    with pytest.raises(WavgError, match="interrupted half-way"):
+        averager.result()
+    if "folder" in options:
+        assert wavg.StreamingAverager("linear", **options).count == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}])
+def test_a_first_update_without_memory_can_be_tried_again(options, monkeypatch):
+    averager, left = wavg.StreamingAverager("linear", **options), [2]
+
+    def short(make):
+        def made(*arguments, **named):
+            left[0] -= 1
+            if not left[0]:
+                raise MemoryError
+            return make(*arguments, **named)
+
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "full", short(np.full))
+        patched.setattr(np, "empty", short(np.empty))
+        with pytest.raises(MemoryError):
+            averager.update(models(1)[0])
+    averager.update(models(1)[0])
+    assert_same_tree(averager.result(), wavg.average(models(1)))
+
+
 # Saved states
 
 WAYS = [

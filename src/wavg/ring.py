@@ -28,7 +28,7 @@ _FILES = "model_*.safetensors"
 
 
 class MemoryRing:
-    """The last models, copied into arrays that are made once.
+    """The last models, copied into arrays that are made for the first n and used again.
 
     Parameters
     ----------
@@ -45,54 +45,50 @@ class MemoryRing:
         self._slots: list[list[Array]] = []
         self.steps: list[float] = []  # of the models held, oldest first
         self._scratch = Scratch()
-        self.torn = False  # an update was interrupted half-way
+        self.torn = False  # an update has begun, and whoever asked for it has not yet noted it
 
     def update(self, structure: Structure, arrays: Sequence[Array], moment: Moment) -> None:
-        """Take in a model, in place of the oldest if there are n."""
+        """Take in a model, in place of the oldest if there are n; `torn` until that is noted."""
         if not self._allow_nonfinite:
             refuse_nonfinite(structure.leaves, arrays, self._scratch)
-        if not self._slots:
-            self.begin(structure)
+        full = len(self._slots) == self._window
+        slot = self._slots[0] if full else _empty(structure)
         self.torn = True
-        self._slots.append(self._slots.pop(0))  # oldest first, those not yet filled before them
-        for slot, array in zip(self._slots[-1], arrays, strict=True):
-            np.copyto(slot, array)
+        self._slots = [*(self._slots[1:] if full else self._slots), slot]
+        for place, array in zip(slot, arrays, strict=True):
+            np.copyto(place, array)
         self.steps = [*self.steps, moment.step][-self._window :]
-        self.torn = False
-
-    def begin(self, structure: Structure) -> None:
-        """Make the arrays."""
-        leaves = structure.leaves
-        self._slots = [
-            [np.empty(leaf.shape, leaf.format.numpy) for leaf in leaves]
-            for _ in range(self._window)
-        ]
 
     def results(self, structure: Structure) -> Iterator[list[Array]]:
         """Yield each schedule's average, as new arrays."""
-        models = self._slots[-len(self.steps) :]
         for rule in self._rules:
-            yield average(models, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite)
+            yield average(self._slots, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite)
 
     def pack(self, names: Sequence[str]) -> dict[str, Array]:
         """Return all numbers as named arrays; nothing is copied."""
-        models = self._slots[-len(self.steps) :]
         return {
             f"model{number}/{name}": array
-            for number, model in enumerate(models)
+            for number, model in enumerate(self._slots)
             for name, array in zip(names, model, strict=True)
         }
 
     def unpack(self, structure: Structure, steps: list[float], packed: dict[str, Array]) -> None:
         """Take up what `pack` returned, and remove it from there."""
-        self.begin(structure)
+        if not 0 < len(steps) <= self._window:
+            raise ValueError(f"{len(steps)} steps in a window of {self._window}")
         self.steps = steps
-        for number, model in enumerate(self._slots[-len(steps) :]):
-            for name, array in zip(structure.names(), model, strict=True):
+        for number in range(len(steps)):
+            model = []
+            for name, leaf in zip(structure.names(), structure.leaves, strict=True):
                 values = packed.pop(f"model{number}/{name}")
-                if (values.shape, values.dtype) != (array.shape, array.dtype):
+                if (values.shape, values.dtype) != (leaf.shape, leaf.format.numpy):
                     raise ValueError(f"model{number}/{name} is {values.dtype}{list(values.shape)}")
-                np.copyto(array, values)
+                model.append(values)
+            self._slots.append(model)
+
+
+def _empty(structure: Structure) -> list[Array]:
+    return [np.empty(leaf.shape, leaf.format.numpy) for leaf in structure.leaves]
 
 
 class FolderRing:
@@ -122,7 +118,7 @@ class FolderRing:
     ) -> None:
         self._rules, self._window, self._folder = rules, window, folder
         self._allow_nonfinite, self._scratch = allow_nonfinite, Scratch()
-        self.torn = False  # a file is whole or not there
+        self.torn = False
         self.structure: Structure | None = None
         self.last: Moment | None = None
         os.makedirs(folder, exist_ok=True)
@@ -142,7 +138,12 @@ class FolderRing:
             refuse_nonfinite(structure.leaves, arrays, self._scratch)
         path = os.path.join(self._folder, _FILES.replace("*", step_text(moment.step)))
         tensors = dict(zip(structure.names(), arrays, strict=True))
-        save(path, tensors, metadata={_KEY: json.dumps(moment)})
+        self.torn = True  # the file may be there, and not yet in the list
+        try:
+            save(path, tensors, metadata={_KEY: json.dumps(moment)})
+        except Exception:
+            self.torn = False  # it is not
+            raise
         self._held.append((moment, path))
         while len(self._held) > self._window:
             with contextlib.suppress(FileNotFoundError):

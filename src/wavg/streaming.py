@@ -62,7 +62,7 @@ class StreamingAverager:
     *Memory.* Eight bytes a number and average, or four; for a model of float64 and an average that
     is exact, 16. All is made at the first update; later ones work in place, in blocks. Only if one
     number in 64 of a leaf outgrows its sum (values some 2²⁵ apart at one place) is another array
-    made. A window takes its n models in memory, or on the disk.
+    made. A window takes its n models in memory, as they come, or on the disk.
 
     Examples
     --------
@@ -153,6 +153,7 @@ class StreamingAverager:
             structure, arrays = self._structure.next(model)
         self._held.update(structure, arrays, moment)
         self._structure, self._last = structure, moment
+        self._held.torn = False
 
     def result(self) -> Any:
         """Return the average so far: the first model's structure with new NumPy arrays.
@@ -271,7 +272,7 @@ class StreamingAverager:
         if self._held.torn:
             raise WavgError(
                 "an update was interrupted half-way, so that the sums are of no model; go on from "
-                "a saved state"
+                "a saved state, or, where the window is in a folder, from that folder"
             )
 
     def _moment(self, step: float | None) -> Moment:

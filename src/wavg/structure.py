@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -38,8 +39,13 @@ class Leaf:
     def __str__(self) -> str:
         return f"{self.format.name}{list(self.shape)}"
 
+    @property
+    def numbers(self) -> int:
+        """How many real numbers it has; two are a complex number."""
+        return math.prod(self.shape) * (self.format.bits // self.format.component.bits)
+
     def array(self, flat: Array) -> Array:
-        """Give a flat array of the leaf's real numbers its shape; two are a complex number."""
+        """Give a flat array of the leaf's real numbers its shape."""
         return flat.view(self.format.numpy).reshape(self.shape)
 
 

@@ -60,10 +60,10 @@ class Tracks:
         self._sums: list[list[RunningSum]] = []  # by leaf, by schedule; none for integers
         self._newest: dict[int, Array] = {}
         self._scratch = Scratch()
-        self.torn = False  # an update was interrupted half-way
+        self.torn = False  # an update has begun, and whoever asked for it has not yet noted it
 
     def update(self, structure: Structure, arrays: Sequence[Array], moment: Moment) -> None:
-        """Take in the model of a moment.
+        """Take in the model of a moment; `torn` until the caller has noted the moment.
 
         Raises
         ------
@@ -93,7 +93,6 @@ class Tracks:
                     for change, running in zip(changes, sums, strict=True):
                         self._take(running, start, block, change)
         self.totals = [change.total for change in changes]
-        self.torn = False
 
     def _take(self, running: RunningSum, start: int, block: Array, change: _Change) -> None:
         keep, add, total = change
@@ -142,18 +141,18 @@ class Tracks:
 
     def begin(self, structure: Structure) -> None:
         """Make the sums of models of a structure, all zero."""
+        newest, every = {}, []
         for number, leaf in enumerate(structure.leaves):
-            size, component = math.prod(leaf.shape), leaf.format.component
+            sums = []
             if leaf.format.averaged:
-                size *= leaf.format.bits // component.bits
                 sums = [
-                    RunningSum(size, component, self._precision, exact=exact)
+                    RunningSum(leaf.numbers, leaf.format.component, self._precision, exact=exact)
                     for exact in self._exact
                 ]
             else:
-                sums = []
-                self._newest[number] = np.zeros(leaf.shape, leaf.format.numpy)
-            self._sums.append(sums)
+                newest[number] = np.zeros(leaf.shape, leaf.format.numpy)
+            every.append(sums)
+        self._newest, self._sums = newest, every  # all or none: memory may run out before
 
     def results(self, structure: Structure) -> Iterator[list[Array]]:
         """Yield each schedule's average, as new arrays.
