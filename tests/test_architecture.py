@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "sums": "blocks exact rounding errors",
     "tracks": "blocks sums structure weights errors",
     "ring": "average blocks files structure weights errors",
-    "state": "files structure weights errors",
+    "state": "checkpoint files listed structure weights errors",
     "streaming": "files inputs record ring state structure tracks weights errors",
     "prefixes": "",
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",

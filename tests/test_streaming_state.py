@@ -442,6 +442,10 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         wavg.StreamingAverager().save(path)
     with pytest.raises(WeightError, match="own are a schedule of your own"):
         averager_of(models(1), BY_STEPS).save(path)
+    (tmp_path / "w.json").write_text('{"1": 3}')
+    with pytest.raises(WeightError, match="stand in a file, which may change"):
+        averager_of(models(1), str(tmp_path / "w.json"), window=1).save(path)
+    os.unlink(tmp_path / "w.json")
     fake = wavg.Schedule("equal", lambda steps: steps)  # calls itself equal, and does not stream
     with pytest.raises(WeightError, match="equal are a schedule of your own"):
         averager_of(models(1), fake, window=1).save(path)
@@ -476,6 +480,39 @@ CHANGES = {
     "no last model": (lambda t, h: h.update(last=None), ""),
     "an unknown dtype": (lambda t, h: h["leaves"][0].__setitem__(1, "f2"), "unknown dtype"),
     "no table": (lambda t, h: h.update(leaves=3), ""),
+    "a shape beyond memory": (lambda t, h: h["leaves"][0].__setitem__(2, [2**44]), "is not of"),
+    "an integer beyond memory": (lambda t, h: h["leaves"][1].__setitem__(2, [2**44]), "is not int"),
+    "a shape below zero": (lambda t, h: h["leaves"][0].__setitem__(2, [-3, -1]), "has the shape"),
+    "a shape beyond all": (lambda t, h: h["leaves"][0].__setitem__(2, [0, 2**62]), "has the shape"),
+    "a shape of parts": (lambda t, h: h["leaves"][0].__setitem__(2, [3.0]), "has the shape"),
+    "a total over nothing": (lambda t, h: h.update(totals=["1/0"]), ""),
+    "a total beyond float64": (lambda t, h: h.update(totals=["0x1.0p9999"]), "no sum of weights"),
+    "a total beyond it": (lambda t, h: h.update(totals=["0x1.0p+9999"]), ""),
+    "a total without end": (lambda t, h: h.update(totals=["1e9999999999"]), "no sum of weights"),
+    "a place beyond": (
+        lambda t, h: t.update({"places0/w": np.array([3]), "values0/w": np.ones(1)}),
+        "places beyond its 3",
+    ),
+    "a value that is none": (
+        lambda t, h: t.update({"places0/w": np.array([1]), "values0/w": np.array([np.inf])}),
+        "",
+    ),
+    "another file": (lambda t, h: h.update(weights=["/etc/hostname.json"]), "are a file's"),
+    "an unknown schedule": (lambda t, h: h.update(weights=["cubic"]), "unknown weights"),
+    "no schedule": (lambda t, h: h.update(weights=[]), ""),
+    "a step that is none": (lambda t, h: h.update(last=[2, float("nan"), 1, False]), "steps must"),
+    "steps that fall": (lambda t, h: h.update(last=[2, 1, 2, True]), "steps must"),
+    "no number of models": (lambda t, h: h.update(last=[0, 1, 0, True]), "number of models is 0"),
+    "a window without models": (lambda t, h: h.update(window=10**8), "steps"),
+    "too many steps": (lambda t, h: h.update(window=1, steps=[1, 2]), "2 steps in a window of 1"),
+    "a window of no leaves": (
+        lambda t, h: (
+            t.clear(),
+            t.update(x=np.ones(1)),
+            h.update(window=10**8, leaves=[], steps=[2]),
+        ),
+        "'x' has no place in it",
+    ),
 }
 
 

@@ -62,7 +62,9 @@ class MemoryRing:
     def results(self, structure: Structure) -> Iterator[list[Array]]:
         """Yield each schedule's average, as new arrays."""
         for rule in self._rules:
-            yield average(self._slots, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite)
+            yield average(
+                self._slots, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite
+            )
 
     def pack(self, names: Sequence[str]) -> dict[str, Array]:
         """Return all numbers as named arrays; nothing is copied."""

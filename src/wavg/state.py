@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import Any
 import numpy.typing as npt
 
 from wavg import weights as schedules
+from wavg.checkpoint import has_array
 from wavg.dtypes import lookup
 from wavg.errors import (
     CheckpointFormatError,
@@ -21,15 +23,28 @@ from wavg.errors import (
     WeightError,
 )
 from wavg.files import open_checkpoint, save
-from wavg.structure import Leaf, Structure
+from wavg.listed import ENDINGS
+from wavg.structure import Leaf, Moment, Structure
 from wavg.weights import Schedule
 
-__all__ = ["read", "structure_of", "text_of", "total_texts", "totals_of", "write"]
+__all__ = [
+    "moment_of",
+    "read",
+    "rule_of",
+    "steps_of",
+    "structure_of",
+    "text_of",
+    "total_texts",
+    "totals_of",
+    "write",
+]
 
 Array = npt.NDArray[Any]
 
 _KEY, _VERSION = "wavg_state", 1
 _ENDING = ".safetensors"
+_EXACT = re.compile(r"-?[0-9]{1,1000}(/[0-9]{1,1000})?")
+_ROUNDED = re.compile(r"-?0x[01]\.[0-9a-f]{1,13}p[+-][0-9]{1,4}")
 
 
 def write(
@@ -92,7 +107,15 @@ def read(path: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
                 raise ValueError(f"{next(iter(packed))!r} has no place in it")
         except CheckpointFormatError:
             raise
-        except (WavgError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (
+            WavgError,
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise CheckpointFormatError(
                 f"{path}: not a sound state of a StreamingAverager: {error}", path=path
             ) from None
@@ -100,11 +123,29 @@ def read(path: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
 
 def structure_of(header: Mapping[str, Any]) -> Structure:
     """Return the leaves that a header tells; the next model tells the tree."""
-    leaves = (
-        Leaf(str(path), tuple(map(int, shape)), lookup(name))
-        for path, name, shape in header["leaves"]
-    )
+    leaves = []
+    for path, name, shape in header["leaves"]:
+        leaf = Leaf(str(path), tuple(shape), lookup(name))
+        if not all(type(n) is int and n >= 0 for n in shape) or not has_array(
+            shape, leaf.format.bits
+        ):
+            raise ValueError(f"{path!r} has the shape {shape}")
+        leaves.append(leaf)
     return Structure(tuple(leaves))
+
+
+def steps_of(values: Sequence[Any]) -> list[float]:
+    """Return the steps of models held, checked."""
+    return list(schedules.check_steps(values))
+
+
+def moment_of(values: Sequence[Any]) -> Moment:
+    """Return when the newest model came, checked."""
+    position, step, before, given = values
+    if type(position) is not int or position < 1:
+        raise ValueError(f"the number of models is {position!r}")
+    known = [step] if position == 1 else [before, step]  # before the first there is none
+    return Moment(position, steps_of(known)[-1], float(before), bool(given))
 
 
 def text_of(rule: Schedule) -> str:
@@ -113,8 +154,13 @@ def text_of(rule: Schedule) -> str:
     Raises
     ------
     WeightError
-        There is none: it was made by hand.
+        There is none: it was made by hand, or its numbers are in a file.
     """
+    if rule.text.lower().endswith(ENDINGS):
+        raise WeightError(
+            f"weights {rule} stand in a file, which may change before the state is loaded; to save "
+            "a state, average with a list of the numbers"
+        )
     try:
         again = schedules.parse(rule.text)
     except WeightError:
@@ -125,6 +171,13 @@ def text_of(rule: Schedule) -> str:
             "average with one that has a text form, or keep the models"
         )
     return rule.text
+
+
+def rule_of(text: str) -> Schedule:
+    """Return the schedule that `text_of` wrote; a text that would open a file is refused."""
+    if text.lower().endswith(ENDINGS):
+        raise ValueError(f"its weights are a file's, {text}")
+    return schedules.parse(text)
 
 
 def total_texts(totals: Sequence[Fraction | float]) -> list[str]:
@@ -142,4 +195,12 @@ def totals_of(texts: Sequence[str]) -> list[Fraction | float]:
     >>> totals_of(["3", "0x1.8p+1"])
     [Fraction(3, 1), 3.0]
     """
-    return [float.fromhex(text) if "x" in text else Fraction(text) for text in texts]
+    totals: list[Fraction | float] = []
+    for text in texts:
+        if _ROUNDED.fullmatch(text):
+            totals.append(float.fromhex(text))
+        elif _EXACT.fullmatch(text):
+            totals.append(Fraction(text))
+        else:
+            raise ValueError(f"{text!r} is no sum of weights")
+    return totals

@@ -216,7 +216,7 @@ class StreamingAverager:
             The file is damaged, or no saved state.
         """
         with state.read(os.fspath(path)) as (header, packed):
-            weights = list(map(str, header["weights"]))
+            weights = [state.rule_of(text) for text in header["weights"]]
             averager = cls(
                 weights if header["many"] else weights[0],
                 precision=header["precision"],
@@ -227,10 +227,8 @@ class StreamingAverager:
             if isinstance(held, Tracks):
                 held.unpack(structure, state.totals_of(header["totals"]), packed)
             elif isinstance(held, MemoryRing):
-                held.unpack(structure, list(map(float, header["steps"])), packed)
-            position, step, before, given = header["last"]
-            averager._structure = structure
-            averager._last = Moment(int(position), float(step), float(before), bool(given))
+                held.unpack(structure, state.steps_of(header["steps"]), packed)
+            averager._structure, averager._last = structure, state.moment_of(header["last"])
         return averager
 
     def save_average(self, path: PathLike, which: int = 0, *, overwrite: bool = False) -> None:

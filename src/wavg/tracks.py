@@ -203,9 +203,16 @@ class Tracks:
         """Take up what `pack` returned; whatever is left in `packed` does not belong there."""
         if len(totals) != len(self._rules):
             raise ValueError(f"{len(totals)} totals of {len(self._rules)} schedules")
-        self.begin(structure)
+        names = structure.names()
+        for leaf, name in zip(structure.leaves, names, strict=True):
+            for index in range(len(totals)) if leaf.format.averaged else ():
+                if packed[f"sum{index}.0/{name}"].shape != (leaf.numbers,):
+                    raise ValueError(f"sum{index}.0/{name} is not of {leaf}")
+            if not leaf.format.averaged and packed[f"newest/{name}"].shape != leaf.shape:
+                raise ValueError(f"newest/{name} is not {leaf}")
+        self.begin(structure)  # as large as what was read, whatever the table of leaves says
         self.totals = list(totals)
-        for name, number in zip(structure.names(), range(len(self._sums)), strict=True):
+        for number, name in enumerate(names):
             if number in self._newest:
                 _fill(self._newest[number], packed.pop(f"newest/{name}"))
             for index, running in enumerate(self._sums[number]):
@@ -218,6 +225,9 @@ class Tracks:
                 if depth < len(running.levels):
                     raise KeyError(f"sum{index}.{depth}/{name}")
                 if (places := packed.pop(f"places{index}/{name}", None)) is not None:
+                    size = len(running.levels[0])
+                    if places.dtype != np.int64 or not ((places >= 0) & (places < size)).all():
+                        raise ValueError(f"places{index}/{name} has places beyond its {size}")
                     running.rest.fill(places, packed.pop(f"values{index}/{name}"))
 
 
