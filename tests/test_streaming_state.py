@@ -112,6 +112,32 @@ STREAMING = [text for text in weights.KNOWN if weights.parse(text).update is not
 
 
 @pytest.mark.parametrize("text", STREAMING)
+@pytest.mark.parametrize("step", [-5, 0, 0.5])
+def test_a_stream_begins_at_the_steps_that_a_list_may_begin_with(text, step):
+    rule = weights.parse(text)
+    averager = wavg.StreamingAverager(text)
+    try:
+        rule([step, 5])
+    except WeightError as refused:
+        with pytest.raises(WeightError) as caught:
+            averager.update([1.0], step)
+        assert str(caught.value) == str(refused)
+        assert averager.count == 0
+    else:
+        averager.update([1.0], step)
+        averager.update([2.0], 5)
+        assert averager.result()[0] == pytest.approx(
+            wavg.average([1.0, 2.0], rule, steps=[step, 5])
+        )
+
+
+def test_some_schedules_refuse_to_begin_before_step_0():
+    for text in ("ema:half_life=10", "polynomial:power=2", "polynomial:power=1.5"):
+        with pytest.raises(WeightError, match="counts steps from the start of the training at 0"):
+            wavg.StreamingAverager(["equal", text]).update([1.0], -5)
+
+
+@pytest.mark.parametrize("text", STREAMING)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_every_schedule_that_streams_gives_what_it_gives_all_at_once(text, precision, tmp_path):
     steps = [10.0, 20.0, 50.0, 80.0, 300.0, 301.0, 1000.0]

@@ -143,7 +143,8 @@ class StreamingAverager:
         NonFiniteError
             It holds NaN or infinity, or a sum would exceed its precision; the state is as before.
         WeightError
-            The step does not increase, or steps are given for some models only.
+            The step does not increase, or is none that the schedule can begin with, or steps are
+            given for some models only.
         """
         self._refuse_torn()
         moment = self._moment(step)

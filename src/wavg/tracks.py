@@ -105,6 +105,8 @@ class Tracks:
 
     def _change(self, rule: Schedule, exact: bool, total: Total, moment: Moment) -> _Change:
         assert rule.update is not None
+        if moment.position == 1:
+            rule([moment.step])  # refuses a step that it cannot begin with
         keep, add = map(float, rule.update(*moment[:3]))
         if moment.position == 1:
             keep = 0.0  # of nothing; what the schedule says of it does not matter
