@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -114,21 +115,17 @@ STREAMING = [text for text in weights.KNOWN if weights.parse(text).update is not
 @pytest.mark.parametrize("text", STREAMING)
 @pytest.mark.parametrize("step", [-5, 0, 0.5])
 def test_a_stream_begins_at_the_steps_that_a_list_may_begin_with(text, step):
-    rule = weights.parse(text)
     averager = wavg.StreamingAverager(text)
     try:
-        rule([step, 5])
-    except WeightError as refused:
-        with pytest.raises(WeightError) as caught:
+        right = wavg.average([1.0, 2.0], text, steps=[step, 5])
+    except WeightError:
+        with pytest.raises(WeightError, match=f"needs steps of at least 0, not {step}"):
             averager.update([1.0], step)
-        assert str(caught.value) == str(refused)
         assert averager.count == 0
     else:
         averager.update([1.0], step)
         averager.update([2.0], 5)
-        assert averager.result()[0] == pytest.approx(
-            wavg.average([1.0, 2.0], rule, steps=[step, 5])
-        )
+        assert averager.result()[0] == pytest.approx(right)
 
 
 def test_some_schedules_refuse_to_begin_before_step_0():
@@ -428,6 +425,33 @@ def test_a_loaded_state_gives_arrays_by_path_until_a_model_shows_the_structure(t
     assert_same_tree({key: result[key] for key in right}, right)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        [np.float32([1, 2]), np.float32(3)],
+        {"a": [np.float32(1), (np.float32([2]),)], "none": None, 3: {"b": np.int64(1)}, "no": ()},
+        np.float64([1, 2]),
+        {},
+    ],
+)
+def test_a_loaded_state_gives_plain_trees_back(model, tmp_path):
+    averager_of([model, model]).save(tmp_path / "a.safetensors")
+    again = wavg.StreamingAverager.load(tmp_path / "a.safetensors")
+    assert_same_tree(again.result(), averager_of([model, model]).result())
+    again.update(model)
+    assert again.count == 3
+
+
+@pytest.mark.parametrize("node", [OrderedDict(w=1.0), Pair(1.0, None)])
+def test_a_loaded_state_of_other_nodes_gives_leaves_by_path(node, tmp_path):
+    averager_of([[node]]).save(tmp_path / "a.safetensors")
+    again = wavg.StreamingAverager.load(tmp_path / "a.safetensors")
+    (path,) = again.result()
+    assert path in ("[0]/w", "[0].left")
+    again.update([node])
+    assert isinstance(again.result(), list)
+
+
 def test_the_reference_loader_opens_a_state(tmp_path):
     averager_of(models(2)).save(tmp_path / "a.safetensors")
     averager_of([np.float32([1, 2])]).save(tmp_path / "b.safetensors")
@@ -491,6 +515,13 @@ def saved(tmp_path):
         return tensors, json.loads(checkpoint.metadata["wavg_state"])
 
 
+def deep(levels):
+    tree = 0
+    for _ in range(levels):
+        tree = {"list": [tree]}
+    return [tree]
+
+
 CHANGES = {
     "a number lacks": (lambda t, h: t.pop("sum0.0/w"), "sum0.0/w"),
     "a level lacks": (lambda t, h: t.pop("sum0.1/w"), "sum0.1/w"),
@@ -523,6 +554,13 @@ CHANGES = {
         lambda t, h: t.update({"places0/w": np.array([1]), "values0/w": np.array([np.inf])}),
         "",
     ),
+    "a tree of other leaves": (
+        lambda t, h: h.update(tree=[{"dict": [["w", 1], ["n", 0]]}]),
+        "its tree is not that of its leaves",
+    ),
+    "a tree of fewer leaves": (lambda t, h: h.update(tree=[{"dict": [["w", 0]]}]), "its tree"),
+    "a tree of no kind": (lambda t, h: h.update(tree=[{"set": [0, 1]}]), ""),
+    "a tree too deep": (lambda t, h: h.update(tree=deep(400)), ""),
     "another file": (lambda t, h: h.update(weights=["/etc/hostname.json"]), "are a file's"),
     "an unknown schedule": (lambda t, h: h.update(weights=["cubic"]), "unknown weights"),
     "no schedule": (lambda t, h: h.update(weights=[]), ""),
@@ -535,7 +573,7 @@ CHANGES = {
         lambda t, h: (
             t.clear(),
             t.update(x=np.ones(1)),
-            h.update(window=10**8, leaves=[], steps=[2]),
+            h.update(window=10**8, leaves=[], tree=None, steps=[2]),
         ),
         "'x' has no place in it",
     ),

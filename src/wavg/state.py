@@ -60,7 +60,8 @@ def write(
         raise OutputError(f"{path}: a state is a safetensors file; end its name {_ENDING}")
     _refuse_other(path)
     leaves = [[leaf.path, leaf.format.name, leaf.shape] for leaf in structure.leaves]
-    text = json.dumps({"v": _VERSION, **header, "leaves": leaves}, separators=(",", ":"))
+    content = {"v": _VERSION, **header, "leaves": leaves, "tree": structure.plain()}
+    text = json.dumps(content, separators=(",", ":"))
     save(path, packed, metadata={_KEY: text}, overwrite=overwrite)
 
 
@@ -122,7 +123,7 @@ def read(path: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
 
 
 def structure_of(header: Mapping[str, Any]) -> Structure:
-    """Return the leaves that a header tells; the next model tells the tree."""
+    """Return the leaves that a header tells, and the tree if it is a plain one."""
     leaves = []
     for path, name, shape in header["leaves"]:
         leaf = Leaf(str(path), tuple(shape), lookup(name))
@@ -131,7 +132,7 @@ def structure_of(header: Mapping[str, Any]) -> Structure:
         ):
             raise ValueError(f"{path!r} has the shape {shape}")
         leaves.append(leaf)
-    return Structure(tuple(leaves))
+    return Structure(tuple(leaves)).shaped(header["tree"])
 
 
 def steps_of(values: Sequence[Any]) -> list[float]:

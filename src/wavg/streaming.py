@@ -160,7 +160,8 @@ class StreamingAverager:
         """Return the average so far: the first model's structure with new NumPy arrays.
 
         Of several schedules, a list of averages in their order. After `load`, and before an update
-        has shown the structure again, a dict of arrays by path.
+        has shown the structure again, models of other nodes than dicts, lists and tuples are dicts
+        of arrays by path.
 
         Raises
         ------
@@ -209,7 +210,8 @@ class StreamingAverager:
     def load(cls, path: PathLike) -> StreamingAverager:
         """Return the averager that `save` wrote.
 
-        The next model has to have the leaves of those before, by path, shape and dtype.
+        The next model has to be like those before. Of named tuples and other nodes of one's own the
+        file tells the leaves alone, by path, shape and dtype.
 
         Raises
         ------

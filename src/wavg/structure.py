@@ -18,6 +18,8 @@ __all__ = ["Leaf", "Moment", "Structure"]
 
 Array = npt.NDArray[Any]
 
+_PLAIN: dict[str, Any] = {"dict": dict, "list": list, "tuple": tuple}
+
 
 class Moment(NamedTuple):
     """When a model comes: its number, from 1, its step, the step before, and if steps are given."""
@@ -59,7 +61,7 @@ class Structure:
         In the first model's order.
     tree
         That model, with each leaf's number in its place; None where only the leaves are known, as
-        those of a saved state are: the next model tells it.
+        of a saved state of other nodes than dicts, lists and tuples: the next model tells it.
     """
 
     leaves: tuple[Leaf, ...]
@@ -108,6 +110,35 @@ class Structure:
         (tree,) = self.tree
         return pytree.rebuild(tree, iter([values[number] for _, number in pytree.leaves(tree)]))
 
+    def plain(self) -> list[Any] | None:
+        """Return the tree as JSON can hold it; None of other nodes than dicts, lists and tuples.
+
+        >>> Structure.first({"w": (1.0, None)})[0].plain()
+        [{'dict': [['w', {'tuple': [0, None]}]]}]
+        """
+        try:
+            return None if self.tree is None else [_plain(self.tree[0])]
+        except TypeError:
+            return None
+
+    def shaped(self, plain: list[Any] | None) -> Structure:
+        """Return the structure of these leaves with the tree that `plain` returned.
+
+        Raises
+        ------
+        ValueError
+            It is of other leaves.
+        """
+        if plain is None:
+            return self
+        (tree,) = map(_tree, plain)
+        pairs = [(path, number) for path, number in pytree.leaves(tree)]
+        if sorted(number for _, number in pairs) != list(range(len(self.leaves))) or any(
+            self.leaves[number].path != path for path, number in pairs
+        ):
+            raise ValueError("its tree is not that of its leaves")
+        return replace(self, tree=(tree,))
+
     def names(self) -> list[str]:
         """Return the paths as names of tensors.
 
@@ -143,6 +174,28 @@ def _leaf(path: str, array: Array) -> Leaf:
             f"leaf {path or 'at the top'} is {array.dtype}, not an array of numbers", tensor=path
         )
     return Leaf(path, array.shape, entry)
+
+
+def _plain(tree: Any) -> Any:
+    kind = type(tree).__name__
+    if tree is None or type(tree) is int:
+        return tree
+    if type(tree) is not _PLAIN.get(kind):
+        raise TypeError(f"a {kind} is not plain")
+    if type(tree) is not dict:
+        return {kind: list(map(_plain, tree))}
+    if not all(type(key) in (str, int) for key in tree):
+        raise TypeError("a key is not plain")
+    return {kind: [[key, _plain(child)] for key, child in tree.items()]}
+
+
+def _tree(plain: Any) -> Any:
+    if plain is None or type(plain) is int:
+        return plain
+    ((kind, content),) = plain.items()
+    if kind == "dict":
+        return {key: _tree(child) for key, child in content}
+    return _PLAIN[kind](map(_tree, content))
 
 
 def _refuse(differences: list[str]) -> None:
