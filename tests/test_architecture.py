@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "tracks": "blocks sums structure weights errors",
     "ring": "average blocks files structure weights errors",
     "state": "checkpoint files listed structure weights errors",
-    "streaming": "files inputs record ring state structure tracks weights errors",
+    "streaming": "files inputs record ring schedule state structure tracks weights errors",
     "prefixes": "",
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",
     "evaluation": "errors",

@@ -88,7 +88,7 @@ def test_steps_increase_or_are_refused(options):
     averager = averager_of(models(2), steps=[5, 9], **options)
     before = averager.result()
     for step in (9, 3, np.nan, np.inf):
-        with pytest.raises(WeightError, match="steps must increase"):
+        with pytest.raises(WeightError, match=r"steps must increase.*state of that time"):
             averager.update(models(1)[0], step)
     with pytest.raises(WeightError, match="for every model or for none, and those before had one"):
         averager.update(models(1)[0])
@@ -262,6 +262,19 @@ def test_a_folder_that_was_left_between_writing_and_removing_is_in_order(tmp_pat
     assert_same_tree(again.result()["half"], wavg.average(models(4)[2:], "linear")["half"])
     again.update(models(5)[4])
     assert sorted(os.listdir(tmp_path)) == ["model_4.safetensors", "model_5.safetensors"]
+
+
+def test_a_folder_ahead_of_the_training_is_named_with_what_to_do(tmp_path):
+    averager_of(models(3), "linear", [0.25, 0.5, 0.75], window=2, folder=tmp_path)
+    again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
+    newest = max(tmp_path.iterdir())
+    told = f"0.75; that is in {newest}: .* needs the files of later steps removed from {tmp_path}, "
+    with pytest.raises(WeightError, match=told):
+        again.update(models(1)[0], 0.6)
+    newest.unlink()
+    again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
+    again.update(models(4)[3], 0.6)
+    assert_same_tree(again.result(), wavg.average([models(2)[1], models(4)[3]], "linear"))
 
 
 def test_a_folder_with_other_checkpoints_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from wavg.average import average
 from wavg.blocks import Scratch, refuse_nonfinite
 from wavg.errors import CheckpointFormatError
 from wavg.files import average_checkpoints, open_checkpoint, save
-from wavg.structure import Leaf, Moment, Structure
+from wavg.structure import AHEAD, Leaf, Moment, Structure
 from wavg.weights import Schedule
 
 __all__ = ["FolderRing", "MemoryRing"]
@@ -39,6 +39,8 @@ class MemoryRing:
     allow_nonfinite
         Let NaN and infinities in.
     """
+
+    ahead = AHEAD
 
     def __init__(self, rules: Sequence[Schedule], window: int, allow_nonfinite: bool) -> None:
         self._rules, self._window, self._allow_nonfinite = rules, window, allow_nonfinite
@@ -133,6 +135,14 @@ class FolderRing:
     def paths(self) -> list[str]:
         """The files of the window, oldest first."""
         return [path for _, path in self._held[-self._window :]]
+
+    @property
+    def ahead(self) -> str:
+        """What to do where the folder has a step that the training has yet to take."""
+        return (
+            f"that is in {self._held[-1][1]}: a training that goes on from an earlier save first "
+            f"needs the files of later steps removed from {self._folder}, a new one another folder"
+        )
 
     def update(self, structure: Structure, arrays: Sequence[Array], moment: Moment) -> None:
         """Write a model; when it is on the disk, remove what the window has left behind."""

@@ -13,6 +13,7 @@ from wavg.errors import OutputError, WavgError, WeightError
 from wavg.files import save
 from wavg.record import KEY, Record
 from wavg.ring import FolderRing, MemoryRing
+from wavg.schedule import spell_number
 from wavg.structure import Moment, Structure
 from wavg.tracks import PRECISIONS, Tracks
 
@@ -287,7 +288,8 @@ class StreamingAverager:
         before = self._last.step if self._last else 0.0
         if not math.isfinite(number) or (self._last and number <= before):
             raise WeightError(
-                f"steps must increase, and {number:g} came after {before:g}"
+                f"steps must increase, and {spell_number(number)} came after "
+                f"{spell_number(before)}; {self._held.ahead}"
                 if self._last
                 else f"a step must be a finite number, not {number}"
             )

@@ -14,10 +14,14 @@ from wavg.arrays import leaf_to_numpy
 from wavg.dtypes import DType, dtype_of
 from wavg.errors import StructureMismatchError, WavgError
 
-__all__ = ["Leaf", "Moment", "Structure"]
+__all__ = ["AHEAD", "Leaf", "Moment", "Structure"]
 
 Array = npt.NDArray[Any]
 
+AHEAD = (  # what to do where an average has a step that the training has yet to take
+    "a training that goes on from an earlier save needs the averager's state of that time, and one "
+    "whose model has been averaged already goes on with the next step"
+)
 _PLAIN: dict[str, Any] = {"dict": dict, "list": list, "tuple": tuple}
 
 

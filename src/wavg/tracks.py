@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from wavg.blocks import Scratch, blocks, largest, refuse_nonfinite
 from wavg.errors import NonFiniteError, WeightError
-from wavg.structure import Leaf, Moment, Structure
+from wavg.structure import AHEAD, Leaf, Moment, Structure
 from wavg.sums import RunningSum
 from wavg.weights import Schedule
 
@@ -46,6 +46,8 @@ class Tracks:
     allow_nonfinite
         Let NaN and infinities into the sums.
     """
+
+    ahead = AHEAD
 
     def __init__(self, rules: Sequence[Schedule], precision: str, allow_nonfinite: bool) -> None:
         for rule in rules:
