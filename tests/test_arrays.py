@@ -78,6 +78,14 @@ def test_no_framework_is_imported():
     assert done.stdout.strip() == b"[]"
 
 
+def test_a_jax_array_that_was_donated_is_named():
+    jax = pytest.importorskip("jax")
+    leaf = jax.numpy.ones(2)
+    leaf.delete()
+    with pytest.raises(WavgError, match=r"leaf w: .*has been deleted"):
+        wavg.StreamingAverager().update({"w": leaf})
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, *FLOAT8])
 def test_jax_arrays(dtype):
     jax = pytest.importorskip("jax")
@@ -148,6 +156,22 @@ def test_torch_tensors_without_numbers_are_refused():
         wavg.StreamingAverager().update({"w": sparse})
     with pytest.raises(WavgError, match="leaf w: a meta float32 tensor"):
         wavg.average([{"w": torch.empty(3, device="meta")}])
+
+
+@pytest.mark.frameworks
+def test_a_distributed_tensor_of_torch_is_refused_with_what_to_do():
+    torch = pytest.importorskip("torch")
+    from torch import distributed
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        leaf = distribute_tensor(torch.ones(3), init_device_mesh("cpu", (1,)))
+        with pytest.raises(WavgError, match=r"leaf w: a DTensor of PyTorch.*full_tensor\(\)"):
+            wavg.StreamingAverager().update({"w": leaf})
+        assert_same_tree(to_numpy(leaf.full_tensor()), np.ones(3, "f4"))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.frameworks

@@ -60,7 +60,7 @@ def leaf_to_numpy(path: str, leaf: Any) -> Array:
     """Return a leaf as an array; errors say which it is."""
     try:
         return to_numpy(leaf)
-    except (WavgError, TypeError, ValueError) as error:
+    except (WavgError, TypeError, ValueError, RuntimeError) as error:
         raise WavgError(f"leaf {path or 'at the top'}: {error}", tensor=path) from error
 
 
@@ -69,6 +69,11 @@ def _from_torch(tensor: Any, torch: Any) -> Array:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else "sparse"
         raise WavgError(f"a {kind} {name} tensor of PyTorch is not an array of numbers")
+    if hasattr(tensor, "full_tensor"):
+        raise WavgError(
+            f"a {type(tensor).__name__} of PyTorch, of which each process has a part; hand over "
+            "its full_tensor(), in every process"
+        )
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if name == "bfloat16":
         tensor = tensor.view(torch.int16)  # the same bytes, in a type that NumPy knows
