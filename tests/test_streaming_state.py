@@ -285,7 +285,12 @@ def test_a_folder_with_other_checkpoints_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"window": 0}, "positive number of models, not 0"), ({"folder": "x"}, "give window=n")],
+    [
+        ({"window": 0}, "positive number of models, not 0"),
+        ({"window": 2.5}, "positive number of models, not 2.5"),
+        ({"folder": "x"}, "give window=n"),
+        ({"window": 2, "precision": "float32"}, "keeps models, not sums of float32"),
+    ],
 )
 def test_a_window_that_makes_no_sense_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
@@ -637,7 +642,7 @@ def test_a_saved_average_says_what_it_is(tmp_path):
     expected = dict(wavg.tree.leaves(averager.result()[1]))
     assert_same_tree(wavg.load(tmp_path / "a.safetensors"), expected)
     with pytest.raises(OutputExistsError):
-        averager.save_average(tmp_path / "a.safetensors")
+        averager.save_average(tmp_path / "a.safetensors", 0)
     averager_of(models(4)[:1] * 4, window=3).save_average(
         tmp_path / "a.safetensors", overwrite=True
     )
@@ -645,6 +650,38 @@ def test_a_saved_average_says_what_it_is(tmp_path):
         assert json.loads(checkpoint.metadata["wavg"])["count"] == 3
     averager_of([{"w": np.ones(2)}]).save_average(tmp_path / "a.npz")
     assert wavg.load(tmp_path / "a.npz")["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "SAFETENSORS"])
+def test_a_saved_average_of_a_window_says_so(ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    averager_of(models(3), window=np.int64(2)).save_average(path)
+    with wavg.open_checkpoint(path) as checkpoint:
+        record = wavg.Record.read(checkpoint.metadata)
+    assert (record.count, record.options) == (2, {"window": 2})
+
+
+@pytest.mark.parametrize("which", [None, 2, -3])
+def test_which_of_several_averages_has_to_be_told(which, keep, tmp_path):
+    averager = averager_of(models(2), ["equal", "linear"], window=2, **keep)
+    with pytest.raises(WeightError, match="2 averages, equal, linear: which=0 is the first"):
+        averager.save_average(tmp_path / "a.safetensors", which)
+    averager.save_average(tmp_path / "a.safetensors", -1)
+    right = wavg.average(models(2), "linear")
+    assert_same_tree(wavg.load(tmp_path / "a.safetensors")["double"], right["double"])
+
+
+def test_one_average_alone_is_computed_to_be_saved(tmp_path):
+    zero = wavg.Schedule("zero", lambda steps: 0 * steps, lambda *_: (1.0, 0.0))
+    averager = averager_of(models(2), [zero, "linear"])
+    averager.save_average(tmp_path / "a.safetensors", 1)
+    with pytest.raises(WeightError, match="sum to zero"):
+        averager.save_average(tmp_path / "b.safetensors", 0)
+
+
+def test_a_window_of_numpys_integers_is_saved(tmp_path):
+    averager_of(models(2), window=np.int64(2)).save(tmp_path / "a.safetensors")
+    assert wavg.StreamingAverager.load(tmp_path / "a.safetensors").count == 2
 
 
 # Killed and resumed

@@ -61,12 +61,12 @@ class MemoryRing:
             np.copyto(place, array)
         self.steps = [*self.steps, moment.step][-self._window :]
 
-    def results(self, structure: Structure) -> Iterator[list[Array]]:
-        """Yield each schedule's average, as new arrays."""
-        for rule in self._rules:
-            yield average(
-                self._slots, rule, steps=self.steps, allow_nonfinite=self._allow_nonfinite
-            )
+    def results(self, structure: Structure, which: Sequence[int]) -> Iterator[list[Array]]:
+        """Yield the average by each of some schedules, as new arrays."""
+        nonfinite = self._allow_nonfinite
+        for index in which:
+            rule = self._rules[index]
+            yield average(self._slots, rule, steps=self.steps, allow_nonfinite=nonfinite)
 
     def pack(self, names: Sequence[str]) -> dict[str, Array]:
         """Return all numbers as named arrays; nothing is copied."""
@@ -162,11 +162,11 @@ class FolderRing:
                 os.unlink(self._held[0][1])
             del self._held[0]
 
-    def results(self, structure: Structure) -> Iterator[list[Array]]:
-        """Yield each schedule's average, by `wavg.average_checkpoints` of the files."""
+    def results(self, structure: Structure, which: Sequence[int]) -> Iterator[list[Array]]:
+        """Yield the average by each of some schedules: `wavg.average_checkpoints` of the files."""
         averages = average_checkpoints(
             self.paths,
-            weights=list(self._rules),
+            weights=[self._rules[index] for index in which],
             steps=[moment.step for moment, _ in self._held[-self._window :]],
             allow_nonfinite=self._allow_nonfinite,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class StreamingAverager:
         ``"exponential:alpha=2"`` …; with a `window` any schedule. A list of them tracks several
         averages, each model being read once for all.
     precision
-        Of the sums: ``"float64"``, or ``"float32"`` for half the memory.
+        Of the sums: ``"float64"``, or ``"float32"`` for half the memory. Not with a window, which
+        has no sums.
     window
         Average the last so many models alone. They are all kept.
     folder
@@ -101,8 +103,10 @@ class StreamingAverager:
         self._rules = [schedules.resolve(rule) for rule in several]
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be a positive number of models, not {window}")
+        if window is not None:
+            window = _checked_window(window)
+            if precision != PRECISIONS[0]:
+                raise ValueError(f"a window keeps models, not sums of {precision}; leave it out")
         if folder is not None and window is None:
             raise ValueError("a folder holds the models of a window; give window=n as well")
         self._precision, self._window, self._allow_nonfinite = precision, window, allow_nonfinite
@@ -170,7 +174,8 @@ class StreamingAverager:
             No model has come yet, or the weights sum to zero.
         """
         structure = self._begun()
-        results = [structure.rebuild(arrays) for arrays in self._held.results(structure)]
+        every = range(len(self._rules))
+        results = [structure.rebuild(arrays) for arrays in self._held.results(structure, every)]
         return results if self._many else results[0]
 
     def save(self, path: PathLike, *, overwrite: bool = True) -> None:
@@ -235,7 +240,9 @@ class StreamingAverager:
             averager._structure, averager._last = structure, state.moment_of(header["last"])
         return averager
 
-    def save_average(self, path: PathLike, which: int = 0, *, overwrite: bool = False) -> None:
+    def save_average(
+        self, path: PathLike, which: int | None = None, *, overwrite: bool = False
+    ) -> None:
         """Write an average as a checkpoint: its arrays by path, and where they come from.
 
         Parameters
@@ -244,19 +251,34 @@ class StreamingAverager:
             As `wavg.save` takes it. A safetensors file tells schedule, step and count in its
             metadata, under ``wavg``.
         which
-            Of several averages, the number in their list.
+            Of several averages, the number in their list, from 0.
         overwrite
             Replace an existing file.
+
+        Raises
+        ------
+        WeightError
+            There is no average yet, or none of that number; `result` has more.
         """
         structure = self._begun()
-        arrays = list(self._held.results(structure))[which]
+        count = len(self._rules)
+        if which is None and count == 1:
+            which = 0
+        if which is None or not -count <= which < count:
+            raise WeightError(
+                f"there are {count} averages, {', '.join(map(str, self._rules))}: which=0 is the "
+                f"first, and the last which={count - 1}" + (f", not {which}" if which else "")
+            )
+        (arrays,) = self._held.results(structure, [which])
         tensors = dict(zip(structure.names(), arrays, strict=True))
         assert self._last
-        count = self.count if self._window is None else min(self.count, self._window)
-        record = Record(str(self._rules[which]), self._last.step, (), count)
+        count, options = self.count, dict[str, int]()
+        if self._window is not None:
+            count, options = min(count, self._window), {"window": self._window}
+        record = Record(str(self._rules[which]), self._last.step, (), count, options)
         target = os.fspath(path)
         metadata: dict[str, str] = {}
-        if target.endswith(".safetensors"):  # with the format that loaders insist on
+        if target.lower().endswith(".safetensors"):  # with the format that loaders insist on
             metadata = {"format": "pt", KEY: record.text()}
         save(target, tensors, metadata=metadata, overwrite=overwrite)
 
@@ -294,3 +316,13 @@ class StreamingAverager:
                 else f"a step must be a finite number, not {number}"
             )
         return Moment(position, number, before, step is not None)
+
+
+def _checked_window(window: int) -> int:
+    try:
+        number = operator.index(window)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"window must be a positive number of models, not {window}")
+    return number

@@ -158,8 +158,8 @@ class Tracks:
             every.append(sums)
         self._newest, self._sums = newest, every  # all or none: memory may run out before
 
-    def results(self, structure: Structure) -> Iterator[list[Array]]:
-        """Yield each schedule's average, as new arrays.
+    def results(self, structure: Structure, which: Sequence[int]) -> Iterator[list[Array]]:
+        """Yield the average by each of some schedules, as new arrays.
 
         Raises
         ------
@@ -168,7 +168,8 @@ class Tracks:
         NonFiniteError
             An average does not fit its dtype.
         """
-        for index, (rule, total) in enumerate(zip(self._rules, self.totals, strict=True)):
+        for index in which:
+            rule, total = self._rules[index], self.totals[index]
             if not total:
                 raise WeightError(f"the weights {rule} of the models so far sum to zero")
             yield [
