@@ -615,6 +615,13 @@ def test_a_state_as_it_was_is_sound(tmp_path):
     assert wavg.StreamingAverager.load(path).count == 2
 
 
+def test_states_are_not_averaged_as_if_they_were_models(tmp_path):
+    for name in ("a", "b"):
+        averager_of(models(2)).save(tmp_path / f"{name}.safetensors")
+    with pytest.raises(WavgError, match=r"a.safetensors is the saved state.*save_average"):
+        wavg.average_checkpoints([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+
 def test_a_checkpoint_is_no_state(tmp_path):
     wavg.save(tmp_path / "a.safetensors", {"w": np.ones(2)})
     with pytest.raises(CheckpointFormatError, match="is not the saved state of a Streaming"):

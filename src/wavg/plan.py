@@ -21,6 +21,7 @@ from wavg.dtypes import lookup
 from wavg.errors import MemoryBudgetError, WavgError
 from wavg.kernel import reads_files, scratch_bytes
 from wavg.quantised import refuse_quantised
+from wavg.record import STATE_KEY
 from wavg.weights import Figures, figures
 
 __all__ = [
@@ -268,11 +269,12 @@ def make_plans(
     StructureMismatchError
         Names, shapes or dtypes differ between the inputs; every difference is listed.
     WavgError
-        Quantised codes, patterns that match no tensor.
+        Quantised codes, patterns that match no tensor, an averager's saved state.
     MemoryBudgetError
         Not even the smallest blocks fit `options.max_memory`.
     """
     reference = indexes[-1]
+    _refuse_states(indexes)
     in_memory = output_format is None
     layouts, sources = align(indexes, options.align)
     _check_patterns(reference, options)
@@ -326,6 +328,16 @@ def make_plans(
             )
         )
     return plans
+
+
+def _refuse_states(indexes: Sequence[Index]) -> None:
+    for index in indexes:
+        if STATE_KEY in index.metadata:
+            raise WavgError(
+                f"{index.path} is the saved state of a StreamingAverager, and its sums are no "
+                "model; have it write its average: StreamingAverager.load(path).save_average(…)",
+                path=index.path,
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

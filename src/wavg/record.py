@@ -15,9 +15,10 @@ from typing import Any
 
 from wavg._version import __version__
 
-__all__ = ["KEY", "Record", "Source", "names_within"]
+__all__ = ["KEY", "STATE_KEY", "Record", "Source", "names_within"]
 
 KEY = "wavg"
+STATE_KEY = "wavg_state"  # of a file that is no model: the sums of a StreamingAverager
 _VERSION = 1
 
 

@@ -24,6 +24,7 @@ from wavg.errors import (
 )
 from wavg.files import open_checkpoint, save
 from wavg.listed import ENDINGS
+from wavg.record import STATE_KEY
 from wavg.structure import Leaf, Moment, Structure
 from wavg.weights import Schedule
 
@@ -41,7 +42,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-_KEY, _VERSION = "wavg_state", 1
+_VERSION = 1
 _ENDING = ".safetensors"
 _EXACT = re.compile(r"-?[0-9]{1,1000}(/[0-9]{1,1000})?")
 _ROUNDED = re.compile(r"-?0x[01]\.[0-9a-f]{1,13}p[+-][0-9]{1,4}")
@@ -62,7 +63,7 @@ def write(
     leaves = [[leaf.path, leaf.format.name, leaf.shape] for leaf in structure.leaves]
     content = {"v": _VERSION, **header, "leaves": leaves, "tree": structure.plain()}
     text = json.dumps(content, separators=(",", ":"))
-    save(path, packed, metadata={_KEY: text}, overwrite=overwrite)
+    save(path, packed, metadata={STATE_KEY: text}, overwrite=overwrite)
 
 
 def _refuse_other(path: str) -> None:
@@ -71,7 +72,7 @@ def _refuse_other(path: str) -> None:
         return
     try:
         with open_checkpoint(path) as checkpoint:
-            held = _KEY in checkpoint.metadata
+            held = STATE_KEY in checkpoint.metadata
     except CheckpointFormatError:
         held = False
     if not held:
@@ -92,7 +93,7 @@ def read(path: str) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
         The file holds no such state, or the block finds that it lacks something.
     """
     with open_checkpoint(path) as checkpoint:
-        text = checkpoint.metadata.get(_KEY)
+        text = checkpoint.metadata.get(STATE_KEY)
         if text is None:
             raise CheckpointFormatError(
                 f"{path} is not the saved state of a StreamingAverager", path=path
