@@ -240,7 +240,10 @@ def test_a_windows_arrays_are_copies():
 def test_a_folder_holds_the_last_n_and_is_taken_up_again(tmp_path):
     steps = [100.0, 200.0, 300.5, 400.0]
     averager_of(models(4), "linear", steps, window=2, folder=tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["model_300.5.safetensors", "model_400.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "model_300.50000000000000000.safetensors",
+        "model_400.safetensors",
+    ]
     again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
     assert (again.count, again.step) == (4, 400)
     right = wavg.average(models(4)[2:], "linear")
@@ -262,6 +265,29 @@ def test_a_folder_that_was_left_between_writing_and_removing_is_in_order(tmp_pat
     assert_same_tree(again.result()["half"], wavg.average(models(4)[2:], "linear")["half"])
     again.update(models(5)[4])
     assert sorted(os.listdir(tmp_path)) == ["model_4.safetensors", "model_5.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "steps", [[0.25, 0.5, 0.75], [1 / 3, 0.5, 1e-3 + 2 / 3], [1e-9, 0.1 + 0.2, 9.5], [9, 10, 11]]
+)
+def test_files_of_a_window_are_read_by_others_in_order_and_with_their_steps(steps, tmp_path):
+    averager = averager_of(models(3), "ema:half_life=1", steps, window=3, folder=tmp_path)
+    plan = wavg.plan_average(tmp_path)
+    assert [part.step for part in plan.inputs] == steps
+    files = wavg.average_checkpoints(tmp_path, weights="ema:half_life=1")
+    assert_same_tree(files["double"], averager.result()["double"])
+
+
+def test_a_window_of_files_with_negative_steps_gives_no_warning(tmp_path):
+    averager = averager_of(models(3), "linear", [-5, -3, 2], window=3, folder=tmp_path)
+    assert_same_tree(averager.result(), wavg.average(models(3), "linear"))
+
+
+def test_a_folder_gives_plain_trees_back(tmp_path):
+    model = [np.float32([1, 2]), {"b": (np.float32(1), None)}]
+    averager = averager_of([model], window=2, folder=tmp_path)
+    again = wavg.StreamingAverager("linear", window=2, folder=tmp_path)
+    assert_same_tree(again.result(), averager.result())
 
 
 def test_a_folder_ahead_of_the_training_is_named_with_what_to_do(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from glob import escape, glob
 from typing import Any
 
@@ -16,6 +17,7 @@ from wavg.average import average
 from wavg.blocks import Scratch, refuse_nonfinite
 from wavg.errors import CheckpointFormatError
 from wavg.files import average_checkpoints, open_checkpoint, save
+from wavg.schedule import spell_number
 from wavg.structure import AHEAD, Leaf, Moment, Structure
 from wavg.weights import Schedule
 
@@ -126,7 +128,8 @@ class FolderRing:
         self.structure: Structure | None = None
         self.last: Moment | None = None
         os.makedirs(folder, exist_ok=True)
-        found = sorted((*_read(path), path) for path in glob(os.path.join(escape(folder), _FILES)))
+        paths = glob(os.path.join(escape(folder), _FILES))
+        found = sorted(((*_read(path), path) for path in paths), key=lambda each: each[0])
         self._held = [(moment, path) for moment, _, path in found]
         if found:
             self.last, self.structure, _ = found[-1]
@@ -148,11 +151,11 @@ class FolderRing:
         """Write a model; when it is on the disk, remove what the window has left behind."""
         if not self._allow_nonfinite:
             refuse_nonfinite(structure.leaves, arrays, self._scratch)
-        path = os.path.join(self._folder, _FILES.replace("*", step_text(moment.step)))
+        path = os.path.join(self._folder, _FILES.replace("*", _step_text(moment.step)))
         tensors = dict(zip(structure.names(), arrays, strict=True))
         self.torn = True  # the file may be there, and not yet in the list
         try:
-            save(path, tensors, metadata={_KEY: json.dumps(moment)})
+            save(path, tensors, metadata=_metadata(structure, moment))
         except Exception:
             self.torn = False  # it is not
             raise
@@ -168,27 +171,51 @@ class FolderRing:
             self.paths,
             weights=[self._rules[index] for index in which],
             steps=[moment.step for moment, _ in self._held[-self._window :]],
+            sort=False,
             allow_nonfinite=self._allow_nonfinite,
         )
         for tensors in averages:
             yield [tensors[leaf.path] for leaf in structure.leaves]
 
 
-def step_text(step: float) -> str:
-    """Return a step as part of a file's name."""
-    return str(int(step)) if step == int(step) else repr(step)
+def _step_text(step: float) -> str:
+    """Return a step as part of a file's name, so that names sort by it.
+
+    >>> _step_text(200.0), _step_text(0.25)
+    ('200', '0.25000000000000000')
+    """
+    if step == int(step):
+        return str(int(step))
+    whole, _, part = format(Decimal(repr(step)), "f").partition(".")
+    return f"{whole}.{part:0<17}"  # names are sorted by their numbers: as 25 and 5 they would fall
+
+
+def _metadata(structure: Structure, moment: Moment) -> dict[str, str]:
+    """Return what a file says of its model, in our words and in those that others read."""
+    text = json.dumps({"moment": moment, "tree": structure.plain()}, separators=(",", ":"))
+    return {"format": "pt", "step": spell_number(moment.step), _KEY: text}
 
 
 def _read(path: str) -> tuple[Moment, Structure]:
     with open_checkpoint(path) as checkpoint:
         try:
-            position, step, before, given = json.loads(checkpoint.metadata[_KEY])
+            told = json.loads(checkpoint.metadata[_KEY])
+            position, step, before, given = told["moment"]
             moment = Moment(int(position), float(step), float(before), bool(given))
-        except (KeyError, TypeError, ValueError):
+            specs = [checkpoint.spec(name) for name in checkpoint]
+            leaves = tuple(Leaf(spec.name, spec.shape, spec.entry) for spec in specs)
+            structure = Structure(leaves).shaped(told["tree"])
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ):
             raise CheckpointFormatError(
                 f"{path} is no model of a window, which are all that its folder may hold; choose "
                 "another folder",
                 path=path,
             ) from None
-        specs = [checkpoint.spec(name) for name in checkpoint]
-        return moment, Structure(tuple(Leaf(s.name, s.shape, s.entry) for s in specs))
+        return moment, structure
