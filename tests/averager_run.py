@@ -3,7 +3,8 @@
 Usage: averager_run.py FOLDER WEIGHTS UPDATES [KILL_AT]
 
 KILL_AT is an update, or an update and a call within its save: ``7:write``. At it the process kills
-itself with SIGKILL. Started again, it goes on from the state that is there.
+itself with SIGKILL. Started again, it goes on from the state that is there. WEIGHTS that begin with
+``window:`` average the last three models, kept in a folder, which is the state.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def main() -> None:
     folder, weights, updates, *kill = sys.argv[1:]
     path = f"{folder}/state.safetensors"
     number, _, call = (kill[0] if kill else "0").partition(":")
-    if os.path.exists(path):
+    in_folder = weights.startswith("window:")
+    if in_folder:
+        rules = weights.removeprefix("window:").split(";")
+        averager = wavg.StreamingAverager(rules, window=3, folder=f"{folder}/window")
+    elif os.path.exists(path):
         averager = wavg.StreamingAverager.load(path)
     else:
         averager = wavg.StreamingAverager(weights.split(";"))
@@ -66,7 +71,8 @@ def main() -> None:
         averager.update(model(step))
         if step == int(number) and not call:
             os.kill(os.getpid(), signal.SIGKILL)
-        averager.save(path)
+        if not in_folder:
+            averager.save(path)
     for which in range(len(averager.result())):
         averager.save_average(f"{folder}/average{which}.safetensors", which)
 

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
     "tracks": "blocks sums structure weights errors",
-    "ring": "average blocks files schedule structure weights errors",
+    "ring": "average blocks files schedule structure temporaries weights errors",
     "state": "checkpoint files listed record structure weights errors",
     "streaming": "files inputs record ring schedule state structure tracks weights errors",
     "prefixes": "",

@@ -739,3 +739,16 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bytes(tmp_path):
     right = wavg.average([averager_run.model(step) for step in range(1, 7)], "linear")
     average = wavg.load(tmp_path / "killed" / "average0.safetensors")
     assert_same_tree(average, dict(wavg.tree.leaves(right)))
+
+
+@pytest.mark.slow
+def test_a_window_in_a_folder_that_is_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    weights = "window:linear;0.5,0.25,0.25"
+    uninterrupted = run(tmp_path / "whole", weights=weights)
+    for kill in ("1:write", "2:after", "3", "5:after", "6:commit"):
+        run(tmp_path / "killed", [kill], weights)
+    assert run(tmp_path / "killed", weights=weights) == uninterrupted
+    assert len(uninterrupted) == 2
+    assert sorted(os.listdir(tmp_path / "killed" / "window")) == [
+        f"model_{step}.safetensors" for step in (4, 5, 6)
+    ]

@@ -19,6 +19,7 @@ from wavg.errors import CheckpointFormatError
 from wavg.files import average_checkpoints, open_checkpoint, save
 from wavg.schedule import spell_number
 from wavg.structure import AHEAD, Leaf, Moment, Structure
+from wavg.temporaries import reclaim
 from wavg.weights import Schedule
 
 __all__ = ["FolderRing", "MemoryRing"]
@@ -131,6 +132,8 @@ class FolderRing:
         paths = glob(os.path.join(escape(folder), _FILES))
         found = sorted(((*_read(path), path) for path in paths), key=lambda each: each[0])
         self._held = [(moment, path) for moment, _, path in found]
+        for path in paths:
+            reclaim(path)  # what a run left that was killed as the file appeared
         if found:
             self.last, self.structure, _ = found[-1]
 
