@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "exact": "rounding errors",
     "_compiled": "",
     "kernel": "_compiled exact rounding errors",
-    "average": "arrays tree weights kernel errors",
+    "average": "arrays quantised tree weights kernel errors",
     "extents": "",
     "positional": "",
     "shortage": "errors",
@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "files": "checkpoint errors formats grid inputs opening outputs plan publish record shortage "
     "sinks stream weights",
     "verification": "checkpoint errors files formats inputs opening plan record stream",
-    "structure": "arrays tree errors",
+    "structure": "arrays quantised tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
     "tracks": "blocks sums structure weights errors",

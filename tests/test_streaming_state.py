@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import averager_run
 import strategies
 import wavg
-from trees import Pair, assert_same_tree
+from trees import Pair, assert_same_tree, fill
 from wavg import weights
 from wavg.dtypes import lookup
 from wavg.errors import (
@@ -228,6 +228,28 @@ def test_a_window_refuses_nan_at_the_update_and_stays(keep):
         averager.update(bad)
     assert averager.count == 4
     assert_same_tree(averager.result(), before)
+
+
+@pytest.mark.parametrize("model", [{"n": np.int64(3)}, {}, [np.array([True])]], ids=str)
+def test_a_window_of_integers_alone_is_the_newest(keep, model):
+    averager = averager_of([model, model], window=2, **keep)
+    assert_same_tree(averager.result(), fill(model, np.array))
+
+
+CODES = {"w": np.int8([1, 2]), "w_scale": np.float32(0.5)}
+FLOAT8 = {"w": np.ones(2).astype(lookup("float8_e4m3fn").numpy), "w_scale": np.float32(0.5)}
+
+
+@pytest.mark.parametrize("codes", [CODES, FLOAT8])
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"window": 2, "folder": "window"}])
+def test_quantised_codes_are_refused_at_the_first_update(options, codes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    averager = wavg.StreamingAverager(**options)
+    with pytest.raises(WavgError, match=r"w holds quantised codes .* with the scale w_scale"):
+        averager.update(codes)
+    assert averager.count == 0
+    with pytest.raises(WavgError, match="the model: w holds quantised codes"):
+        wavg.average([codes, codes])
 
 
 def test_a_windows_arrays_are_copies():

@@ -14,6 +14,7 @@ from wavg.arrays import leaf_to_numpy
 from wavg.dtypes import DType, dtype_of
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
 from wavg.kernel import Combination, Combiner
+from wavg.quantised import refuse_quantised_leaves
 
 __all__ = ["average"]
 
@@ -61,6 +62,8 @@ def average(
         A leaf holds NaN or infinity.
     WeightError
         Weights that cannot be used.
+    WavgError
+        Quantised codes beside their scale, whose average has no meaning.
 
     Notes
     -----
@@ -94,6 +97,8 @@ def average(
         [leaf_to_numpy(path, leaf) for leaf in row] for path, row in zip(paths, rows, strict=True)
     ]
     _check_leaves(paths, arrays)
+    formats = ((path, dtype_of(row[0].dtype)) for path, row in zip(paths, arrays, strict=True))
+    refuse_quantised_leaves((path, entry) for path, entry in formats if entry is not None)
     combiners: dict[DType, Combiner] = {}
     for entry in {dtype_of(row[0].dtype) for row in arrays}:
         if entry is not None and entry.averaged:

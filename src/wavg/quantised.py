@@ -9,10 +9,10 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 
 from wavg.checkpoint import TensorSpec
-from wavg.dtypes import DTYPES
+from wavg.dtypes import DTYPES, DType
 from wavg.errors import WavgError
 
-__all__ = ["refuse_quantised"]
+__all__ = ["refuse_quantised", "refuse_quantised_leaves"]
 
 _NARROW = {
     entry.name for entry in DTYPES if entry.bits <= 8 and entry.kind in ("int", "float", "code")
@@ -58,6 +58,20 @@ def refuse_quantised(path: str, specs: Sequence[TensorSpec], averaged: Iterable[
                 path=path,
                 tensor=spec.name,
             )
+
+
+def refuse_quantised_leaves(leaves: Iterable[tuple[str, DType]]) -> None:
+    """Raise an error if codes beside their scales are among a model's leaves, told by path.
+
+    >>> from wavg.dtypes import lookup
+    >>> refuse_quantised_leaves([("w", lookup("int8")), ("w_scale", lookup("float32"))])
+    Traceback (most recent call last):
+    ...
+    wavg.errors.WavgError: the model: w holds quantised codes (int8) with the scale w_scale: ...
+    """
+    specs = [TensorSpec(path, entry.name, ()) for path, entry in leaves]
+    averaged = (spec.name for spec in specs if spec.entry.averaged)
+    refuse_quantised("the model", specs, averaged)
 
 
 def _last(name: str) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from wavg.average import average
 from wavg.blocks import Scratch, refuse_nonfinite
 from wavg.errors import CheckpointFormatError
-from wavg.files import average_checkpoints, open_checkpoint, save
+from wavg.files import average_checkpoints, load, open_checkpoint, save
 from wavg.schedule import spell_number
 from wavg.structure import AHEAD, Leaf, Moment, Structure
 from wavg.temporaries import reclaim
@@ -170,6 +170,11 @@ class FolderRing:
 
     def results(self, structure: Structure, which: Sequence[int]) -> Iterator[list[Array]]:
         """Yield the average by each of some schedules: `wavg.average_checkpoints` of the files."""
+        if not any(leaf.format.averaged for leaf in structure.leaves):
+            for _ in which:  # integers are the newest's
+                newest = load(self.paths[-1])
+                yield [newest[leaf.path] for leaf in structure.leaves]
+            return
         averages = average_checkpoints(
             self.paths,
             weights=[self._rules[index] for index in which],

@@ -13,6 +13,7 @@ from wavg import tree as pytree
 from wavg.arrays import leaf_to_numpy
 from wavg.dtypes import DType, dtype_of
 from wavg.errors import StructureMismatchError, WavgError
+from wavg.quantised import refuse_quantised_leaves
 
 __all__ = ["AHEAD", "Leaf", "Moment", "Structure"]
 
@@ -78,10 +79,11 @@ class Structure:
         Raises
         ------
         WavgError
-            A leaf is no array of numbers.
+            A leaf is no array of numbers, or holds quantised codes.
         """
         pairs = [(path, leaf_to_numpy(path, leaf)) for path, leaf in pytree.leaves(model)]
         leaves = tuple(_leaf(path, array) for path, array in pairs)
+        refuse_quantised_leaves((leaf.path, leaf.format) for leaf in leaves)
         tree = pytree.rebuild(model, iter(range(len(leaves))))
         return cls(leaves, (tree,)), [array for _, array in pairs]
 
