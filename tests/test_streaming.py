@@ -217,6 +217,22 @@ def test_a_sum_beyond_float64_is_refused_and_leaves_the_state_as_it_was():
     assert averager.result() == [1.7e308]
 
 
+def test_a_sum_beyond_float64_is_infinite_where_that_is_allowed():
+    models = [np.array([1.7e308])] * 2
+    assert stream(models, allow_nonfinite=True).tolist() == [np.inf]
+    assert wavg.average(models).tolist() == [1.7e308]
+
+
+@pytest.mark.parametrize("exponent", [-963, -300, 0, 900])
+def test_weights_with_fractions_are_exact_above_1e_290(exponent):
+    rows = list(np.ldexp(np.random.default_rng(0).uniform(1, 2, (5, 99)), exponent))
+    rule, steps = "schedule_free:r=0,warmup=70", [0.1, 0.2, 0.7, 1.1, 1.3]
+    averager = wavg.StreamingAverager(rule)
+    for row, step in zip(rows, steps, strict=True):
+        averager.update(row, step)
+    assert_same_tree(averager.result(), wavg.average(rows, rule, steps=steps))
+
+
 # What is refused leaves the state as it was
 
 

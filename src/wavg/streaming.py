@@ -57,10 +57,10 @@ class StreamingAverager:
 
     *Exactness.* With float64 sums, an average whose sum is only added to (equal, linear) is the
     exact weighted mean, rounded once: byte for byte that of `wavg.average_checkpoints` of the same
-    models. What does not fit the sums is kept beside them. A sum that is also scaled (exponential,
-    EMA) is rounded at every update, to a relative error of some n · 2⁻⁵³ times its condition, n the
-    models it has not yet forgotten. With ``precision="float32"`` that is n · 2⁻²⁴, whatever the
-    schedule.
+    models, as far as float64 reaches. What does not fit the sums is kept beside them. A sum that is
+    also scaled (exponential, EMA) is rounded at every update, to a relative error of some n · 2⁻⁵³
+    times its condition, n the models it has not yet forgotten. With ``precision="float32"`` that is
+    n · 2⁻²⁴, whatever the schedule.
 
     *Memory.* Eight bytes a number and average, or four; for a model of float64 and an average that
     is exact, 16. All is made at the first update; later ones work in place, in blocks. Only if one
