@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import cli
+from wavg import cli, cli_weights
 from wavg.errors import WeightError
 from wavg.moving import gamma_of
 from wavg.weights import AMPLIFIES
@@ -106,7 +106,8 @@ def test_weights_do_not_depend_on_the_unit_of_steps():
 
 def test_only_inputs_up_to_the_step_wanted_count():
     steps = np.repeat(np.arange(1, 11) * 100, 2)
-    early = wavg.post_hoc_ema(sigma_rel=0.07, step=550, tracked=TRACKED)(steps)
+    with pytest.warns(UserWarning, match=r"share of only 0\.\d+ .*up to step 550 ends at 500, and"):
+        early = wavg.post_hoc_ema(sigma_rel=0.07, step=550, tracked=TRACKED)(steps)
     assert (early[steps > 550] == 0).all()
     assert early.sum() == pytest.approx(1)
     whole = wavg.post_hoc_ema(sigma_rel=0.07, step=500, tracked=TRACKED)(steps)
@@ -168,6 +169,27 @@ def test_a_step_before_the_first_input_is_refused():
         WeightError, match="no input ends at step 50 or before; the first ends at 100"
     ):
         wavg.post_hoc_ema(sigma_rel=0.07, step=50, tracked=[0.05])([100, 200])
+
+
+@pytest.mark.parametrize("step", [1001, 5000])
+def test_a_step_beyond_the_newest_input_is_refused(step):
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, step=step, tracked=TRACKED)
+    with pytest.raises(WeightError, match=f"knows of step {step}; the newest ends at 1000, so"):
+        schedule(np.repeat([500, 1000], 2))
+
+
+def test_a_step_of_which_the_inputs_know_nothing_is_refused():
+    schedule = wavg.post_hoc_ema(gamma=1e6, step=900, tracked=[7])
+    with pytest.raises(WeightError, match="the inputs know nothing of that average"):
+        schedule([100, 1000])
+
+
+@pytest.mark.parametrize("width", [0.03, 0.07, 0.2, 0.25])
+def test_inputs_at_the_step_wanted_know_the_whole_average(width):
+    steps = np.repeat(np.arange(1, 65), 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*amplification")  # the other one would be an error
+        wavg.post_hoc_ema(sigma_rel=width, step=32, tracked=TRACKED)(steps)
 
 
 # Files
@@ -258,6 +280,22 @@ def test_a_large_amplification_is_noted_on_the_command_line(files, tmp_path, cap
     out, err = capsys.readouterr()
     assert "times as large" in out
     assert not err
+
+
+def test_what_the_inputs_do_not_know_is_noted_on_the_command_line(files, tmp_path, capsys):
+    spec = "post_hoc_ema:sigma_rel=0.05,step=149"
+    for command in (["average", files, "-o", str(tmp_path / "a.npz"), "--weights", spec],
+                    ["weights", spec, files]):  # fmt: skip
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert out.count(f"note: {spec}: the inputs know a share of only 0.") == 1
+        assert not err
+
+
+def test_other_warnings_pass_the_gathering_of_notes():
+    with pytest.warns(UserWarning, match="of another kind"), cli_weights.gathered() as notes:
+        warnings.warn("of another kind", stacklevel=1)
+    assert not notes
 
 
 def test_a_width_that_nothing_tells_is_asked_for(tmp_path):

@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -247,8 +246,7 @@ def _average(options: argparse.Namespace) -> None:
     chosen["weights"] = options.weights or ["equal"]  # a list: a list comes back
     chosen["sort"] = options.order == "natural"
     made: list[tuple[Plan, Report | None]]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "post_hoc_ema")  # a note says it
+    with cli_weights.gathered() as notes:
         if options.dry_run:
             plans = plan_average(options.inputs, options.output, **chosen)
             made = [(plan, None) for plan in plans]
@@ -265,7 +263,7 @@ def _average(options: argparse.Namespace) -> None:
         figures = [_plan_as_json(*parts) for parts in made]
         print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
     elif not options.quiet:
-        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options))))
+        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options), notes)))
 
 
 def _choose(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -15,7 +16,7 @@ from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
 
-__all__ = ["add_arguments", "amplifies", "figures_line", "glyph", "known", "run"]
+__all__ = ["add_arguments", "amplifies", "figures_line", "gathered", "glyph", "known", "run"]
 
 
 def known() -> str:
@@ -51,8 +52,7 @@ def run(options: argparse.Namespace) -> None:
     if sum(given) != 1:
         options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
     rules = [schedules.resolve(text) for text in (options.spec, *options.compare)]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "post_hoc_ema")  # the note below says it
+    with gathered() as notes:
         steps, rows = _rows(options, rules)
     merits = [schedules.figures(row, steps) for row in rows]
     if options.plot:
@@ -69,8 +69,26 @@ def run(options: argparse.Namespace) -> None:
         if number:
             print()
         print("\n".join(_chart(str(rule), steps, merit)))
+    print("".join(f"{note}\n" for note in notes), end="")
     if options.plot:
         print(f"drew {options.plot}")
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[str]]:
+    """Gather what `post_hoc_ema` warns of, as notes; `amplifies` says the rest."""
+    notes = list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "post_hoc_ema")
+        yield notes
+    for warning in caught:
+        said = str(warning.message)
+        if not said.startswith("post_hoc_ema"):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif "amplification" not in said and f"note: {said}" not in notes:
+            notes.append(f"note: {said}")
 
 
 def _rows(

@@ -14,13 +14,17 @@ import numpy as np
 
 from wavg.errors import WeightError
 from wavg.moving import power_of
-from wavg.schedule import F64, Input, Schedule, checked, checked_steps, spell
+from wavg.schedule import F64, Input, Schedule, checked, checked_steps, spell, spell_number
 
 __all__ = ["AMPLIFIES", "post_hoc_ema"]
 
 # Where rounding and noise of the inputs come out ten times as large, a decimal digit of them is
 # lost: of the two to three that bfloat16 has, that shows.
 AMPLIFIES = 10.0
+
+# The weights sum to about one where the inputs know the whole profile; what is missing at its end,
+# behind the newest of them, no scaling brings back.
+_KNOWN = 0.9
 
 
 def post_hoc_ema(
@@ -41,8 +45,8 @@ def post_hoc_ema(
     gamma, sigma_rel
         The width wanted, as for `power_ema`.
     step
-        The end of the average wanted; by default the newest input's step. Inputs that end later
-        weigh nothing.
+        The end of the average wanted; by default the newest input's step, and not beyond it. Inputs
+        that end later weigh nothing.
     tracked
         The widths that the inputs have, in the measure of the one wanted: one an input, or those of
         each step. A file whose name has one of them in it (``ema-0.05-1000``) is of that; without
@@ -57,7 +61,8 @@ def post_hoc_ema(
     reaches 10⁸. The singular value decomposition, in float64, leaves out directions that rounding
     has swallowed, which the result does not depend on. What it does depend on are rounding and
     noise in the inputs: they come out larger by the amplification Σ|x|, and above 10 there is a
-    warning.
+    warning. Before it is made one, the sum of x is the share of the profile that the inputs know;
+    at a step between two of theirs it falls, and below 0.9 there is a warning, too.
 
     References
     ----------
@@ -80,11 +85,27 @@ def post_hoc_ema(
         used = steps <= until
         if not used.any():
             raise WeightError(
-                f"post_hoc_ema: no input ends at step {until:g} or before; the first ends at "
-                f"{steps[0]:g}"
+                f"post_hoc_ema: no input ends at step {spell_number(until)} or before; the first "
+                f"ends at {spell_number(steps[0])}"
+            )
+        if until > steps[-1]:
+            raise WeightError(
+                f"post_hoc_ema: no input knows of step {spell_number(until)}; the newest ends at "
+                f"{spell_number(steps[-1])}, so ask for a step up to that"
             )
         weights = np.zeros(len(steps))
-        weights[used] = _solve(steps[used], powers[used], until, wanted)
+        solution = _solve(steps[used], powers[used], until, wanted)
+        known = float(solution.sum())
+        if not known > 0:
+            raise WeightError(f"{text}: the inputs know nothing of that average")
+        weights[used] = solution / known
+        if known < _KNOWN:
+            warnings.warn(
+                f"{text}: the inputs know a share of only {known:.2g} of that average, and are "
+                f"scaled up; the newest up to step {spell_number(until)} ends at "
+                f"{spell_number(steps[used][-1])}, and a step at which inputs end needs no scaling",
+                stacklevel=3,
+            )
         amplification = float(np.abs(weights).sum())
         if amplification > AMPLIFIES:
             warnings.warn(
@@ -181,7 +202,7 @@ def _power_of_input(given: Input, text: str) -> float:
 
 
 def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
-    """Return the weights, of sum one, with which profiles come nearest to the wanted one."""
+    """Return the weights with which profiles come nearest to the wanted one."""
     from threadpoolctl import threadpool_limits
 
     times = steps / end
@@ -189,8 +210,7 @@ def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
     target = _product(times, powers, np.ones(1), np.full(1, wanted))
     with threadpool_limits(1, user_api="blas"):  # the same digits on every machine's cores
         weights, *_ = np.linalg.lstsq(products, target, rcond=None)
-    total = float(weights.sum())
-    return np.asarray(weights / total, np.float64)
+    return np.asarray(weights, np.float64)
 
 
 def _product(times: F64, powers: F64, ends: F64, others: F64) -> F64:
