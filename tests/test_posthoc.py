@@ -282,6 +282,59 @@ def test_a_large_amplification_is_noted_on_the_command_line(files, tmp_path, cap
     assert not err
 
 
+@pytest.mark.parametrize(
+    "weights", ["ema:decay=0.9,warmup=power,gamma=1,power=0.7", "bema:gamma=3"]
+)
+@pytest.mark.parametrize("name", ["{}.safetensors", "ppo-gamma=0.99/{}.safetensors"])
+def test_another_gamma_is_no_width(tmp_path, weights, name):
+    for step in (100, 200):
+        path = tmp_path / name.format(step)
+        path.parent.mkdir(exist_ok=True)
+        told = wavg.Record(weights, float(step), (), step).text()
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    with pytest.raises(WeightError, match="which width was it tracked with"):
+        wavg.average_checkpoints(path.parent, weights="post_hoc_ema:sigma_rel=0.07")
+
+
+def test_a_power_ema_over_a_window_is_none_over_all_steps(tmp_path):
+    for step in (100, 200):
+        told = wavg.Record("power_ema:sigma_rel=0.1", float(step), (), step, {"window": 3}).text()
+        path = tmp_path / f"sigma_rel=0.1-step={step}.safetensors"
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    message = r"made by power_ema:sigma_rel=0\.1 \(window=3\), which is no power EMA over all steps"
+    with pytest.raises(WeightError, match=message):
+        wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
+
+
+def test_post_hoc_averages_may_be_combined_again(run, files, tmp_path):
+    for width in TRACKED:
+        for step in (500, 950, 1000):
+            spec = wavg.post_hoc_ema(sigma_rel=width, step=step)
+            wavg.average_checkpoints(files, tmp_path / f"{width}-{step}.safetensors", weights=spec)
+    made = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.1,step=500")["w"]
+    np.testing.assert_allclose(made, run[500, 0.1], atol=1e-6)
+
+
+def test_a_number_in_the_folder_of_a_run_is_no_width(run, tmp_path):
+    """The order counts there, as without any such name."""
+    folder = tmp_path / "run-0.1"
+    folder.mkdir()
+    for step, width in inputs(run)[0]:
+        wavg.save(folder / f"{'ab'[width > 0.07]}-{step}.npz", {"w": run[step, width]})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)
+    right = run[1000, 0.07]
+    made = wavg.average_checkpoints(folder, weights=schedule)["w"]
+    assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_a_tracked_width_that_no_name_has_is_told(tmp_path):
+    for name in ("lr0.1-a-100.npz", "lr0.1-b-100.npz"):
+        wavg.save(tmp_path / name, {"w": np.zeros(1)})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)
+    with pytest.raises(WeightError, match=r"have the width 0\.1, and none has 0\.05"):
+        wavg.average_checkpoints(tmp_path, weights=schedule)
+
+
 def test_what_the_inputs_do_not_know_is_noted_on_the_command_line(files, tmp_path, capsys):
     spec = "post_hoc_ema:sigma_rel=0.05,step=149"
     for command in (["average", files, "-o", str(tmp_path / "a.npz"), "--weights", spec],
@@ -300,7 +353,9 @@ def test_other_warnings_pass_the_gathering_of_notes():
 
 def test_a_width_that_nothing_tells_is_asked_for(tmp_path):
     wavg.save(tmp_path / "m-1.npz", {"w": np.zeros(1)})
-    message = r"m-1\.npz: neither its metadata nor its name tells which width it was tracked with"
+    message = (
+        r"m-1\.npz: which width was it tracked with\? .*: post_hoc_ema:sigma_rel=0\.07,tracked="
+    )
     with pytest.raises(WeightError, match=message):
         wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
 

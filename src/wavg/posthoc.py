@@ -52,7 +52,8 @@ def post_hoc_ema(
         each step. A file whose name has one of them in it (``ema-0.05-1000``) is of that; without
         such names the order of the inputs counts, which are then as many at every step. By default
         what a file's metadata says (as `wavg.StreamingAverager` writes it), or its name
-        (``sigma_rel=0.05`` or ``gamma=6.94`` in it).
+        (``sigma_rel=0.05`` or ``gamma=6.94`` in it). The name of a folder counts where inputs are
+        in several.
 
     Notes
     -----
@@ -127,7 +128,7 @@ def post_hoc_ema(
         if widths is not None:
             named = _named(inputs, given or ())
             return coefficients(steps) if named is None else combine(steps, widths[named])
-        return combine(steps, np.array([_power_of_input(each, text) for each in inputs]))
+        return combine(steps, _powers_told(inputs, text))
 
     text = spell(
         "post_hoc_ema",
@@ -153,13 +154,13 @@ def _named(inputs: Sequence[Input], tracked: Sequence[float]) -> list[int] | Non
 
     The order alone would not do: naturally sorted, 0.1 comes before 0.05.
     """
-    places = []
-    for given in inputs:
-        folder, name = os.path.split(os.path.abspath(given.path))
-        decimals = re.findall(r"\d+\.\d+", f"{os.path.basename(folder)}/{name}")
-        said = {float(decimal) for decimal in decimals}
-        places.append([place for place, width in enumerate(tracked) if width in said])
-    if not any(places) or len({*tracked}) < len(tracked):
+    if len({*tracked}) < len(tracked):
+        return None
+    names, folders = _names(inputs)
+    places = _widths_in(names, tracked)
+    if not any(places) and len({*folders}) > 1:  # one folder for all is that of a run
+        places = _widths_in(folders, tracked)
+    if not any(places):
         return None
     for given, found in zip(inputs, places, strict=True):
         if len(found) != 1:
@@ -168,7 +169,21 @@ def _named(inputs: Sequence[Input], tracked: Sequence[float]) -> list[int] | Non
                 "of other inputs have one; give one width an input, in their order",
                 path=given.path,
             )
-    return [found[0] for found in places]
+    of_inputs = [found[0] for found in places]
+    missing = sorted({*range(len(tracked))} - {*of_inputs})
+    if missing:
+        raise WeightError(
+            f"post_hoc_ema: by their names ({inputs[0].path}) all inputs have the width "
+            f"{' or '.join(spell_number(tracked[place]) for place in sorted({*of_inputs}))}, and "
+            f"none has {spell_number(tracked[missing[0]])}, which is tracked, too; give one width "
+            "an input, in their order"
+        )
+    return of_inputs
+
+
+def _widths_in(names: Sequence[str], tracked: Sequence[float]) -> list[list[int]]:
+    said = [{float(decimal) for decimal in re.findall(r"\d+\.\d+", name)} for name in names]
+    return [[place for place, width in enumerate(tracked) if width in each] for each in said]
 
 
 def _spread(powers: F64, steps: F64) -> F64:
@@ -184,21 +199,46 @@ def _spread(powers: F64, steps: F64) -> F64:
     return np.tile(powers, groups)
 
 
-def _power_of_input(given: Input, text: str) -> float:
-    """Return the power that a file's metadata or name tells."""
-    folder, name = os.path.split(os.path.abspath(given.path))
-    for said in (given.weights() or "", os.path.splitext(name)[0], os.path.basename(folder)):
-        match = re.search(r"(gamma|sigma_rel)[=_-]?(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", said)
-        if match:
-            return power_of(
-                f"{given.path}", **{"gamma": None, "sigma_rel": None, match[1]: float(match[2])}
+def _powers_told(inputs: Sequence[Input], text: str) -> F64:
+    """Return the power of each input, as its metadata, its name or its folder tells."""
+    names, folders = _names(inputs)
+    found = []
+    for given, name, folder in zip(inputs, names, folders, strict=True):
+        made_by = given.weights() or ""
+        recorded = _RECORDED.fullmatch(made_by)
+        if made_by.startswith("power_ema") and not recorded:
+            raise WeightError(
+                f"{given.path}: it was made by {made_by}, which is no power EMA over all steps",
+                path=given.path,
             )
-    raise WeightError(
-        f"{given.path}: neither its metadata nor its name tells which width it was tracked with "
-        f"(power_ema:sigma_rel=...); say so in the weights: {text},tracked=0.05/0.1, one an input "
-        "or those of each step",
-        path=given.path,
-    )
+        match = recorded or _TOLD.search(name)
+        if not match and len({*folders}) > 1:  # one folder for all is that of a run
+            match = _TOLD.search(folder)
+        if not match:
+            raise WeightError(
+                f"{given.path}: which width was it tracked with? Neither wavg's record in it nor "
+                f"sigma_rel=... in its name tells; say it in the weights: {text},tracked=0.05/0.1, "
+                "either the widths of all inputs in their order, or the few that were saved at "
+                "every step",
+                path=given.path,
+            )
+        widths = {"gamma": None, "sigma_rel": None, match[1]: float(match[2])}
+        found.append(power_of(given.path, **widths))
+    return np.array(found)
+
+
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_TOLD = re.compile(rf"(gamma|sigma_rel)[=_-]?{_NUMBER}")
+_RECORDED = re.compile(
+    rf"(?:power_ema|post_hoc_ema):(gamma|sigma_rel)={_NUMBER}(?:,(?:step|tracked)=[^,]*)*"
+)
+
+
+def _names(inputs: Sequence[Input]) -> tuple[list[str], list[str]]:
+    """Return the names of the inputs without ending, and those of their folders."""
+    split = [os.path.split(os.path.abspath(given.path)) for given in inputs]
+    names = [os.path.splitext(name)[0] for _, name in split]
+    return names, [os.path.basename(folder) for folder, _ in split]
 
 
 def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:

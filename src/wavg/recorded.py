@@ -46,10 +46,14 @@ def recorded_steps(
 def recorded_weights(path: str, open_: Open) -> str | None:
     """Return the text of the schedule that made a checkpoint, if its metadata have wavg's record.
 
-    For one that `wavg.StreamingAverager` saved this is ``power_ema:sigma_rel=0.05``, say.
+    For one that `wavg.StreamingAverager` saved this is ``power_ema:sigma_rel=0.05``, say, and over
+    a window of three ``power_ema:sigma_rel=0.05 (window=3)``, which is no schedule of any text.
     """
     record = Record.read(_metadata(path, open_))
-    return None if record is None else record.weights
+    if record is None:
+        return None
+    window = record.options.get("window")
+    return record.weights if window is None else f"{record.weights} (window={window})"
 
 
 def _metadata(path: str, open_: Open) -> Mapping[str, str]:
