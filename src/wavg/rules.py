@@ -332,6 +332,8 @@ def explicit(weights: Sequence[float] | F64) -> Schedule:
         values = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError):
         raise WeightError(f"weights must be numbers, not {weights!r}") from None
+    except OverflowError as error:
+        raise WeightError(f"weights must be numbers that float64 has: {error}") from None
     if values.ndim != 1 or not len(values):
         raise WeightError(f"weights must be a flat list of numbers, not shape {values.shape}")
     if not np.isfinite(values).all():

@@ -133,9 +133,13 @@ def checked(
     ...
     wavg.errors.WeightError: exponential: alpha must be a positive number, not -1
     """
-    if not (isinstance(value, Real) and math.isfinite(value) and test(float(value))):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and test(number)):
         raise WeightError(f"{what} must be {allowed}, not {value!r}")
-    return float(value)
+    return number
 
 
 def checked_steps(name: str, steps: F64, *, positive: bool = False) -> F64:

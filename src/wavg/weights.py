@@ -47,6 +47,7 @@ __all__ = [
     "Input",
     "Schedule",
     "WeightsLike",
+    "as_numbers",
     "bema",
     "check_steps",
     "cumulative_window",
@@ -207,13 +208,25 @@ class Figures:
     amplification: float
 
 
+def as_numbers(steps: Sequence[float]) -> tuple[float, ...]:
+    """Return steps as floats, or refuse them.
+
+    >>> as_numbers([10, 20])
+    (10.0, 20.0)
+    """
+    try:
+        return tuple(map(float, steps))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WeightError(f"steps must be numbers: {error}") from None
+
+
 def check_steps(steps: Sequence[float], *, repeats: bool = False) -> tuple[float, ...]:
     """Return steps as numbers, or refuse those that do not increase, or fall where they may repeat.
 
     >>> check_steps([10, 20])
     (10.0, 20.0)
     """
-    numbers = tuple(map(float, steps))
+    numbers = as_numbers(steps)
     rising = all(a < b or (repeats and a == b) for a, b in itertools.pairwise(numbers))
     if not rising or not all(map(math.isfinite, numbers)):
         raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
