@@ -310,7 +310,10 @@ def test_post_hoc_averages_may_be_combined_again(run, files, tmp_path):
     for width in TRACKED:
         for step in (500, 950, 1000):
             spec = wavg.post_hoc_ema(sigma_rel=width, step=step)
-            wavg.average_checkpoints(files, tmp_path / f"{width}-{step}.safetensors", weights=spec)
+            path = tmp_path / f"{width}-{step}.safetensors"
+            wavg.average_checkpoints(files, path, weights=spec)
+            with wavg.open_checkpoint(path) as checkpoint:
+                assert wavg.Record.read(checkpoint.index.metadata).step == step
     made = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.1,step=500")["w"]
     np.testing.assert_allclose(made, run[500, 0.1], atol=1e-6)
 
@@ -372,6 +375,15 @@ def test_steps_that_nothing_tells_are_asked_for(tmp_path):
         WeightError, match=r"neither names nor metadata tell the inputs' steps; pass"
     ):
         wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07,tracked=0.05")
+
+
+def test_records_tell_the_steps_before_any_number_in_a_name(tmp_path):
+    for name, width in (("final_ema1", 0.05), ("final_ema2", 0.1)):
+        told = wavg.Record(f"power_ema:sigma_rel={width}", 400.0, (), 400).text()
+        path = tmp_path / f"{name}.safetensors"
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    plan = wavg.plan_average(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
+    assert [part.step for part in plan.inputs] == [400, 400]
 
 
 def test_given_steps_put_the_inputs_in_their_order(run, tmp_path):

@@ -15,7 +15,7 @@ from wavg.checkpoint import Checkpoint
 from wavg.inputs import rises
 from wavg.record import KEY, Record
 
-__all__ = ["Open", "recorded_steps", "recorded_weights"]
+__all__ = ["Open", "own_steps", "recorded_steps", "recorded_weights"]
 
 Open: TypeAlias = Callable[[str], Checkpoint]
 
@@ -41,6 +41,17 @@ def recorded_steps(
         if len(steps) == len(paths) and (repeats or rises(steps)):
             return tuple(steps)
     return None
+
+
+def own_steps(paths: Sequence[str], open_: Open) -> tuple[float, ...] | None:
+    """Return the steps of wavg's own records, or None if not every checkpoint has one."""
+    steps = []
+    for path in paths:
+        record = Record.read(_metadata(path, open_))
+        if record is None:
+            return None
+        steps.append(record.step)
+    return tuple(steps)
 
 
 def recorded_weights(path: str, open_: Open) -> str | None:
