@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -70,7 +70,9 @@ __all__ = [
     "wsm",
 ]
 
-WeightsLike: TypeAlias = "str | Schedule | Sequence[float] | npt.NDArray[np.float64]"
+WeightsLike: TypeAlias = (
+    "str | Schedule | Sequence[float] | npt.NDArray[np.float64] | Mapping[str, float]"
+)
 
 _CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
     made.__name__: made
@@ -168,17 +170,19 @@ def is_several(weights: WeightsLike | Sequence[WeightsLike]) -> TypeIs[Sequence[
     >>> is_several([[1, 2], [1, 3]])
     True
     """
-    if isinstance(weights, (str, Schedule)) or not isinstance(weights, Iterable):
+    if isinstance(weights, (str, Schedule, Mapping)) or not isinstance(weights, Iterable):
         return False
-    return any(isinstance(item, (str, Schedule)) or np.ndim(item) > 0 for item in weights)
+    return any(isinstance(item, (str, Schedule, Mapping)) or np.ndim(item) > 0 for item in weights)
 
 
 def resolve(weights: WeightsLike) -> Schedule:
-    """Return the schedule that a text, a schedule or a list of numbers stands for."""
+    """Return what a text, a schedule, a list of numbers or numbers by name stand for."""
     if isinstance(weights, Schedule):
         return weights
     if isinstance(weights, str):
         return parse(weights)
+    if isinstance(weights, Mapping):
+        return listed.of_mapping(weights)
     if callable(weights):
         raise WeightError(
             f"{weights!r} is not a schedule; call it, as in wavg.exponential(alpha=3)"
