@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import cli, demo
+from wavg import cli, demo, picture
 from wavg import weights as schedules
 
 STEPS = (1, 2, 9, 10)
@@ -467,6 +467,36 @@ def test_weights_are_drawn(run, tmp_path, ending):
     assert picture.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
     run(*arguments)
     assert (tmp_path / f"w.{ending}").read_bytes() == picture
+
+
+def test_a_picture_has_whole_steps_and_what_its_figures_are(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("weights", "linear", "-n", 10, *["--compare", "equal"] * 3, "--plot", "w.svg")
+    words = re.findall(r">([^<]+)</text>", (tmp_path / "w.svg").read_text())
+    assert "in a panel: effective number, mean age in steps, × amplification" in words
+    assert "dotted: equal weights" in words  # a line of its own beside one row of panels
+    steps = [word for word in words if re.fullmatch(r"\d+(\.\d+)?", word) and float(word) > 1]
+    assert steps
+    assert not any("." in step for step in steps)
+
+
+def test_bars_are_seen_however_near_some_steps_are():
+    assert picture._width([1, 2, 3]) == 0.8
+    assert picture._width([1, 2, 1_000_001]) == 5000
+    assert picture._width([7]) == picture._width([7, 7]) == 0.8
+
+
+def test_large_steps_keep_their_digits(run):
+    _, out, _ = run("weights", "equal", "--steps", "1234567,1234568")
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["1234567", "1234568"]
+    files = [f"b_{step}.npz" for step in (1234567, 1234568)]
+    for name in files:
+        wavg.save(name, {"w": np.float32([1])})
+    _, out, _ = run("average", *files, "-o", "b.safetensors")
+    assert re.search(r"^b_1234568\.npz +1234568 ", out, re.MULTILINE)
+    _, out, _ = run("inspect", "b.safetensors")
+    assert "up to step 1234568, weights" in out
+    assert re.search(r"^ +b_1234567\.npz +1234567 ", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["w.doc", "nowhere/w.png"])

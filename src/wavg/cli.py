@@ -39,6 +39,7 @@ from wavg.grid import newest
 from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan
+from wavg.schedule import spell_number
 from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
@@ -353,7 +354,7 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     yield f"{'inputs, oldest first':<{width}}  {'step':>10}" + "  weight" * (not several)
     for part in plan.inputs:
         proportion = "" if several else f"  {part.proportion:.4f}"
-        yield f"{part.path:<{width}}  {part.step:>10g}{proportion}"
+        yield f"{part.path:<{width}}  {spell_number(part.step):>10}{proportion}"
     if not several:
         yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)

@@ -15,6 +15,7 @@ from wavg import weights as schedules
 from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
+from wavg.schedule import spell_number
 
 __all__ = ["add_arguments", "amplifies", "figures_line", "gathered", "glyph", "known", "run"]
 
@@ -122,7 +123,7 @@ def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Itera
     yield f"{'step':>10}  weight"
     for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
         bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
-        yield f"{step:>10g}  {weight:8.5f}  {bar}"
+        yield f"{spell_number(step):>10}  {weight:8.5f}  {bar}"
     yield figures_line(text, merit, len(steps), always=True)
     if merit.amplification > schedules.AMPLIFIES:
         yield amplifies(merit)
