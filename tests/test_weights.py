@@ -211,7 +211,10 @@ def test_resolve_takes_a_text_a_schedule_or_numbers():
         ),
         ("cubic", "unknown weights 'cubic'; there are equal, linear, exponential:alpha=2, poly"),
         ("", "unknown weights ''; there are equal"),
-        ("Equal", "unknown weights 'Equal'; there are equal"),
+        ("Equal", "unknown weights 'Equal'; did you mean equal? Otherwise there are equal"),
+        ("linaer", "unknown weights 'linaer'; did you mean linear? "),
+        ("EXPONENTIAL:alpha=2", "did you mean exponential? "),
+        ("uniform", "unknown weights 'uniform'; did you mean equal? "),
         ("1,2,", "unknown weights '1,2,'; there are equal"),
         ("1,two", "unknown weights '1,two'; there are equal"),
         (

@@ -306,7 +306,8 @@ def _notes(
         given = [os.path.realpath(path) for path in options.inputs]
         if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
             yield "note: the inputs were put in order; weights go to the oldest first"
-    if any(_STATISTICS.search(decision.spec.name) for decision in plan.averaged):
+    mixed = any(sum(part.proportion != 0 for part in plan.inputs) > 1 for plan, _ in made)
+    if mixed and any(_STATISTICS.search(decision.spec.name) for decision in plan.averaged):
         yield (
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"

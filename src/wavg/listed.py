@@ -65,7 +65,7 @@ def _in_order(numbers: Sequence[float], path: str) -> Schedule:
         with _naming(path):
             return schedule(steps)
 
-    return Schedule(schedule.text, coefficients)
+    return Schedule(schedule.text, coefficients, count=schedule.count)
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def _decay(
 def dema(
     decay: float | None = None, half_life: float | None = None, per: str = "snapshot"
 ) -> Schedule:
-    """Average doubly exponentially, ``2·EMA - EMA(EMA)``: with less lag, and negative weights.
+    """Average doubly exponentially, ``2·EMA - EMA(EMA)``: with less lag; weights may be negative.
 
     Both averages begin with the oldest checkpoint, as `ema` does with ``debias=False``.
 

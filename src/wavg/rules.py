@@ -346,4 +346,5 @@ def explicit(weights: Sequence[float] | F64) -> Schedule:
             raise WeightError(f"{len(values)} weights were given for {len(steps)} checkpoints")
         return values.copy()
 
-    return Schedule(",".join(map(spell_number, values.tolist())), coefficients)
+    text = ",".join(map(spell_number, values.tolist()))
+    return Schedule(text, coefficients, count=len(values))

@@ -7,6 +7,7 @@ the command line, the reports and the constructors share.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import math
@@ -34,7 +35,7 @@ from wavg.rules import (
     schedule_free,
     wsm,
 )
-from wavg.schedule import F64, Input, Schedule
+from wavg.schedule import F64, Input, Schedule, spell
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -60,11 +61,13 @@ __all__ = [
     "is_several",
     "lawa",
     "linear",
+    "parameters",
     "parse",
     "polynomial",
     "polynomial_decay",
     "post_hoc_ema",
     "power_ema",
+    "purpose",
     "resolve",
     "schedule_free",
     "wsm",
@@ -130,9 +133,9 @@ def parse(text: str) -> Schedule:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
             raise WeightError(
-                f"unknown weights {text!r}; there are {', '.join(KNOWN)}, numbers with commas, one "
-                "a checkpoint, oldest first, such as 0.2,0.3,0.5, and files that list them, such "
-                "as weights.json or weights.csv"
+                f"unknown weights {text!r}; {_meant(name)}there are {', '.join(KNOWN)}, numbers "
+                "with commas, one a checkpoint, oldest first, such as 0.2,0.3,0.5, and files that "
+                "list them, such as weights.json or weights.csv"
             ) from None
         return explicit(numbers)
     takes = inspect.signature(_CONSTRUCTORS[name]).parameters
@@ -150,6 +153,46 @@ def parse(text: str) -> Schedule:
         except (ValueError, KeyError):
             raise WeightError(f"{value!r} in weights {text!r} is not {kind}") from None
     return _CONSTRUCTORS[name](**arguments)
+
+
+def _meant(name: str) -> str:
+    """Ask about the name that is nearest, or that others have for the same; or say nothing."""
+    said = name.strip().lower()
+    near = difflib.get_close_matches(said, _CONSTRUCTORS, n=1)
+    near = [_ELSEWHERE[said]] if said in _ELSEWHERE else near
+    return f"did you mean {near[0]}? Otherwise " if near else ""
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(("uniform", "mean", "average", "swa", "sma"), "equal"),
+    **dict.fromkeys(("wma",), "linear"),
+    **dict.fromkeys(("exp",), "exponential"),
+}
+
+
+def parameters() -> dict[str, dict[str, str | None]]:
+    """Return every schedule's parameters with their defaults as text, or None where there is none.
+
+    >>> parameters()["schedule_free"]
+    {'r': '0', 'warmup': '0'}
+    """
+    return {
+        name: {
+            key: None if each.default is None else spell(key, _=each.default).partition("=")[2]
+            for key, each in inspect.signature(made).parameters.items()
+        }
+        for name, made in _CONSTRUCTORS.items()
+    }
+
+
+def purpose(name: str) -> str:
+    """Return what a schedule is for, in a line.
+
+    >>> purpose("polynomial")
+    'Weigh by a power of the step: c_i = t_i^p.'
+    """
+    said = inspect.getdoc(_CONSTRUCTORS[name]) or ""
+    return said.partition("\n")[0].replace("`", "")
 
 
 # How a parameter's value is read, by its annotation.
