@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "cli_options": "alignment plan",
     "cli_sweep": "cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture schedule weights",
-    "cli_inspect": "checkpoint cli_options cli_weights errors files record schedule verification",
+    "cli_inspect": "checkpoint cli_options cli_weights errors files record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
     f"selection schedule weights errors inputs plan {FACE}",
 }

@@ -22,7 +22,6 @@ from wavg.cli_weights import glyph
 from wavg.errors import WavgError
 from wavg.files import open_checkpoint
 from wavg.record import KEY, Record
-from wavg.schedule import spell_number
 
 __all__ = ["add_inspect", "add_verify", "printable"]
 
