@@ -94,10 +94,10 @@ MAY_IMPORT = {
     "picture": "errors weights",
     "cli_options": "alignment plan",
     "cli_sweep": "cli_options cli_weights soups sweeps sweep_picture",
-    "cli_weights": "formats grid inputs picture weights",
+    "cli_weights": "formats grid inputs picture schedule weights",
     "cli_inspect": "checkpoint cli_options cli_weights errors files record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
-    f"selection weights errors inputs plan {FACE}",
+    f"selection schedule weights errors inputs plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(

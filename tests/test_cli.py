@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import cli, demo
+from wavg import cli, demo, picture
 from wavg import weights as schedules
 
 STEPS = (1, 2, 9, 10)
@@ -402,6 +402,45 @@ def test_weights_json_is_one_object_for_scripts(run):
     assert told["amplification"] == merit.amplification
 
 
+@pytest.mark.parametrize("arguments", [[], ["--list"], ["linear", "--list"]])
+def test_weights_are_listed_with_parameters_and_defaults(run, arguments):
+    code, out, err = run("weights", *arguments)
+    assert (code, err) == (0, "")
+    for line in (
+        "bema:kappa=0.5,eta=0.2,rho=10,gamma=1",
+        "exponential:alpha=2",
+        "post_hoc_ema:[gamma],[sigma_rel],[step],[tracked]",
+        "    Weigh the j-th newest checkpoint exp(-j / alpha).",
+    ):
+        assert line in out.splitlines()
+    _, out, _ = run("weights", *arguments, "--json")
+    assert json.loads(out)["ema"] == {
+        "decay": None, "half_life": None, "per": "snapshot", "debias": "true", "warmup": None,
+        "gamma": "1", "power": "0.6666666666666666",
+    }  # fmt: skip
+
+
+def test_checkpoints_without_weights_are_refused(run):
+    assert_fails(run("weights", "-n", 3), "say which weights: a SPEC", code=2)
+
+
+def test_numbers_say_for_how_many_checkpoints_they_are(run, tmp_path):
+    _, out, _ = run("weights", "1,2,5", "--compare", "equal")
+    assert [row[1] for row in chart(out.partition("\n\n")[0])] == [0.125, 0.25, 0.625]
+    (tmp_path / "w.csv").write_text("1\n3\n")
+    _, out, _ = run("weights", "w.csv")
+    assert [row[1] for row in chart(out)] == [0.25, 0.75]
+
+
+def test_batch_norm_is_noted_where_anything_was_averaged(run):
+    for step in (1, 2):
+        wavg.save(f"n_{step}.npz", {"bn/running_mean": np.float32([step])})
+    _, out, _ = run("average", "n_1.npz", "n_2.npz", "-o", "a.npz")
+    assert "note: batch-norm statistics" in out
+    _, out, _ = run("average", "n_1.npz", "n_2.npz", "-o", "b.npz", "--weights", "0,1")
+    assert "batch-norm" not in out
+
+
 @pytest.mark.parametrize(
     "sources",
     [[], ["-n", 3, "--steps", "1,2,3"], [*FILES, "-n", 4], [*FILES, "--steps", "1,2,3,4"]],
@@ -423,6 +462,13 @@ def test_weights_need_exactly_one_source(run, sources):
 )
 def test_weights_without_sense_are_told_in_one_line(run, arguments, message):
     assert_fails(run("weights", *arguments), message)
+
+
+def test_more_checkpoints_than_there_are_get_advice(run):
+    message = "last must be between 1 and 4, .* not 9; leave it away for all, or take lawa:last=9"
+    assert_fails(run("average", *FILES, "-o", "a.npz", "--last", 9), message)
+    outcome = run("average", *FILES, "-o", "a.npz", "--last", "0")
+    assert_fails(outcome, "expected a whole number from 1 to 1,000,000, not '0'", code=2)
 
 
 @pytest.mark.parametrize("steps", ["3,2,1", "1,1,2", "1,nan,3", "1,2,inf"])
@@ -467,6 +513,36 @@ def test_weights_are_drawn(run, tmp_path, ending):
     assert picture.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
     run(*arguments)
     assert (tmp_path / f"w.{ending}").read_bytes() == picture
+
+
+def test_a_picture_has_whole_steps_and_what_its_figures_are(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("weights", "linear", "-n", 10, *["--compare", "equal"] * 3, "--plot", "w.svg")
+    words = re.findall(r">([^<]+)</text>", (tmp_path / "w.svg").read_text())
+    assert "in a panel: effective number, mean age in steps, × amplification" in words
+    assert "dotted: equal weights" in words  # a line of its own beside one row of panels
+    steps = [word for word in words if re.fullmatch(r"\d+(\.\d+)?", word) and float(word) > 1]
+    assert steps
+    assert not any("." in step for step in steps)
+
+
+def test_bars_are_seen_however_near_some_steps_are():
+    assert picture._width([1, 2, 3]) == 0.8
+    assert picture._width([1, 2, 1_000_001]) == 5000
+    assert picture._width([7]) == picture._width([7, 7]) == 0.8
+
+
+def test_large_steps_keep_their_digits(run):
+    _, out, _ = run("weights", "equal", "--steps", "1234567,1234568")
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["1234567", "1234568"]
+    files = [f"b_{step}.npz" for step in (1234567, 1234568)]
+    for name in files:
+        wavg.save(name, {"w": np.float32([1])})
+    _, out, _ = run("average", *files, "-o", "b.safetensors")
+    assert re.search(r"^b_1234568\.npz +1234568 ", out, re.MULTILINE)
+    _, out, _ = run("inspect", "b.safetensors")
+    assert "up to step 1234568, weights" in out
+    assert re.search(r"^ +b_1234567\.npz +1234567 ", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["w.doc", "nowhere/w.png"])

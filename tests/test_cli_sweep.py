@@ -145,7 +145,7 @@ def test_nothing_scored_is_an_error_after_the_table(run):
         (("sweep", "m_*.npz", "--evaluate", "a:b"), "--maximize --minimize is required"),
         (("sweep", "m_*.npz", "--maximize"), "--evaluate --evaluate-command is required"),
         ((*SWEEP, "--maximize"), "not allowed with"),
-        ((*SWEEP, "--last", "0"), "invalid whole number"),
+        ((*SWEEP, "--last", "0"), "expected a whole number from 1 to 1,000,000, not '0'"),
         ((*SOUP, "--metric", "x"), "of a file that --metrics names"),
         (("average", "m_*.npz", "-o", "a.npz", "--best", "2"), "go together"),
         (("average", "m_*.npz", "-o", "a.npz", "--metrics", "x", "--minimize"), "go together"),

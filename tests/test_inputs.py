@@ -131,6 +131,46 @@ def test_a_list_in_another_order_than_its_names_gets_a_warning():
     assert expand(names, sort=False) == names
 
 
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        ["m-0.91-ep5.npz", "m-0.85-ep10.npz"],
+        ["m-0.91-it5.npz", "m-0.85-it10.npz"],
+        ["acc91_iter5.npz", "acc85_iter10.npz"],
+        ["val_loss-0.5-3.npz", "val_loss-0.4-12.npz"],
+        ["w-1-2.npz", "w-0.5-3.npz"],  # a metric of 1 is one like the others
+        ["weights.05-0.81.npz", "weights.06-0.72.npz", "weights.10-0.91.npz"],
+        ["v1.2-3.npz", "v1.2-20.npz"],
+        ["m-0.9-2-1.npz", "m-0.5-2-9.npz", "m-0.7-3-10.npz"],
+    ],
+)
+def test_a_metric_before_the_step_does_not_decide_the_order(ordered):
+    touch(*ordered)
+    assert expand("*.npz") == expand(ordered[::-1], sort=True) == ordered
+
+
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        ["model_1_v2.npz", "model_2_v1.npz"],  # two whole numbers: the first counts
+        ["m_0.5.npz", "m_0.25.npz"],  # nothing but decimals: as natural as it gets
+        ["0.4-b-2.npz", "0.5-a-1.npz"],  # names of several kinds
+        ["unit5-b9.npz", "unit6-b3.npz"],
+    ],
+)
+def test_other_names_are_in_natural_order(ordered):
+    touch(*ordered)
+    assert expand(ordered[::-1], sort=True) == ordered
+
+
+def test_a_folder_whose_last_numbers_say_otherwise_gets_a_warning_of_its_own():
+    touch("run/model_1_v2.npz", "run/model_2_v1.npz")
+    message = "last numbers of the names .* from run/model_1_v2.npz to run/model_2_v1.npz, which"
+    with pytest.warns(UserWarning, match=message):
+        expand("run")
+    expand("run", sort=True)  # without a warning, which would be an error
+
+
 def test_a_link_to_a_checkpoint_in_the_folder_is_no_second_one():
     names = touch("run/model_1.h5", "run/model_2.h5")
     os.symlink("model_2.h5", "run/latest.h5")
@@ -242,6 +282,8 @@ def test_equal_files_under_two_names_are_two_checkpoints():
         (["checkpoint-9/unet/m.npz", "checkpoint-10/unet/m.npz"], (9, 10)),
         (["step-5_seed7.h5", "step-6_seed7.h5"], (5, 6)),
         (["lr1e-3_10.h5", "lr1e-3_20.h5"], (10, 20)),
+        (["ep=5-acc7.h5", "ep=10-acc3.h5"], (5, 10)),
+        (["ep1-it500.h5", "ep1-it600.h5"], (500, 600)),
         (["v1.2_3.h5", "v1.2_4.h5"], (3, 4)),
         (["m_0.h5", "m_1.h5"], (0, 1)),
         (["0100.h5", "0200.h5"], (100, 200)),

@@ -81,8 +81,10 @@ def test_many_outputs_are_within_the_projection_and_the_budget(tmp_path, suffix)
 
 def test_an_impossible_budget_is_refused_with_what_is_needed(tmp_path):
     save_run(tmp_path, ".safetensors", 2, 1, (10,), "float32")
-    with pytest.raises(wavg.MemoryBudgetError, match=r"at least \d+ MiB, and 1 MiB are allowed"):
+    with pytest.raises(wavg.MemoryBudgetError, match=r"at least [\d.]+ MiB, and 1 MiB are allowed"):
         wavg.plan_average(tmp_path, max_memory="1MiB")
+    with pytest.raises(wavg.MemoryBudgetError, match=r"and 0\.00095 MiB are allowed"):
+        wavg.plan_average(tmp_path, max_memory="1KB")
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):

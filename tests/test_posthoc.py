@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import cli
+from wavg import cli, cli_weights
 from wavg.errors import WeightError
 from wavg.moving import gamma_of
 from wavg.weights import AMPLIFIES
@@ -106,7 +106,8 @@ def test_weights_do_not_depend_on_the_unit_of_steps():
 
 def test_only_inputs_up_to_the_step_wanted_count():
     steps = np.repeat(np.arange(1, 11) * 100, 2)
-    early = wavg.post_hoc_ema(sigma_rel=0.07, step=550, tracked=TRACKED)(steps)
+    with pytest.warns(UserWarning, match=r"share of only 0\.\d+ .*up to step 550 ends at 500, and"):
+        early = wavg.post_hoc_ema(sigma_rel=0.07, step=550, tracked=TRACKED)(steps)
     assert (early[steps > 550] == 0).all()
     assert early.sum() == pytest.approx(1)
     whole = wavg.post_hoc_ema(sigma_rel=0.07, step=500, tracked=TRACKED)(steps)
@@ -168,6 +169,27 @@ def test_a_step_before_the_first_input_is_refused():
         WeightError, match="no input ends at step 50 or before; the first ends at 100"
     ):
         wavg.post_hoc_ema(sigma_rel=0.07, step=50, tracked=[0.05])([100, 200])
+
+
+@pytest.mark.parametrize("step", [1001, 5000])
+def test_a_step_beyond_the_newest_input_is_refused(step):
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, step=step, tracked=TRACKED)
+    with pytest.raises(WeightError, match=f"knows of step {step}; the newest ends at 1000, so"):
+        schedule(np.repeat([500, 1000], 2))
+
+
+def test_a_step_of_which_the_inputs_know_nothing_is_refused():
+    schedule = wavg.post_hoc_ema(gamma=1e6, step=900, tracked=[7])
+    with pytest.raises(WeightError, match="the inputs know nothing of that average"):
+        schedule([100, 1000])
+
+
+@pytest.mark.parametrize("width", [0.03, 0.07, 0.2, 0.25])
+def test_inputs_at_the_step_wanted_know_the_whole_average(width):
+    steps = np.repeat(np.arange(1, 65), 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*amplification")  # the other one would be an error
+        wavg.post_hoc_ema(sigma_rel=width, step=32, tracked=TRACKED)(steps)
 
 
 # Files
@@ -260,9 +282,83 @@ def test_a_large_amplification_is_noted_on_the_command_line(files, tmp_path, cap
     assert not err
 
 
+@pytest.mark.parametrize(
+    "weights", ["ema:decay=0.9,warmup=power,gamma=1,power=0.7", "bema:gamma=3"]
+)
+@pytest.mark.parametrize("name", ["{}.safetensors", "ppo-gamma=0.99/{}.safetensors"])
+def test_another_gamma_is_no_width(tmp_path, weights, name):
+    for step in (100, 200):
+        path = tmp_path / name.format(step)
+        path.parent.mkdir(exist_ok=True)
+        told = wavg.Record(weights, float(step), (), step).text()
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    with pytest.raises(WeightError, match="which width was it tracked with"):
+        wavg.average_checkpoints(path.parent, weights="post_hoc_ema:sigma_rel=0.07")
+
+
+def test_a_power_ema_over_a_window_is_none_over_all_steps(tmp_path):
+    for step in (100, 200):
+        told = wavg.Record("power_ema:sigma_rel=0.1", float(step), (), step, {"window": 3}).text()
+        path = tmp_path / f"sigma_rel=0.1-step={step}.safetensors"
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    message = r"made by power_ema:sigma_rel=0\.1 \(window=3\), which is no power EMA over all steps"
+    with pytest.raises(WeightError, match=message):
+        wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
+
+
+def test_post_hoc_averages_may_be_combined_again(run, files, tmp_path):
+    for width in TRACKED:
+        for step in (500, 950, 1000):
+            spec = wavg.post_hoc_ema(sigma_rel=width, step=step)
+            path = tmp_path / f"{width}-{step}.safetensors"
+            wavg.average_checkpoints(files, path, weights=spec)
+            with wavg.open_checkpoint(path) as checkpoint:
+                assert wavg.Record.read(checkpoint.index.metadata).step == step
+    made = wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.1,step=500")["w"]
+    np.testing.assert_allclose(made, run[500, 0.1], atol=1e-6)
+
+
+def test_a_number_in_the_folder_of_a_run_is_no_width(run, tmp_path):
+    """The order counts there, as without any such name."""
+    folder = tmp_path / "run-0.1"
+    folder.mkdir()
+    for step, width in inputs(run)[0]:
+        wavg.save(folder / f"{'ab'[width > 0.07]}-{step}.npz", {"w": run[step, width]})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)
+    right = run[1000, 0.07]
+    made = wavg.average_checkpoints(folder, weights=schedule)["w"]
+    assert np.linalg.norm(made - right) < 2e-3 * np.linalg.norm(right)
+
+
+def test_a_tracked_width_that_no_name_has_is_told(tmp_path):
+    for name in ("lr0.1-a-100.npz", "lr0.1-b-100.npz"):
+        wavg.save(tmp_path / name, {"w": np.zeros(1)})
+    schedule = wavg.post_hoc_ema(sigma_rel=0.07, tracked=TRACKED)
+    with pytest.raises(WeightError, match=r"have the width 0\.1, and none has 0\.05"):
+        wavg.average_checkpoints(tmp_path, weights=schedule)
+
+
+def test_what_the_inputs_do_not_know_is_noted_on_the_command_line(files, tmp_path, capsys):
+    spec = "post_hoc_ema:sigma_rel=0.05,step=149"
+    for command in (["average", files, "-o", str(tmp_path / "a.npz"), "--weights", spec],
+                    ["weights", spec, files]):  # fmt: skip
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert out.count(f"note: {spec}: the inputs know a share of only 0.") == 1
+        assert not err
+
+
+def test_other_warnings_pass_the_gathering_of_notes():
+    with pytest.warns(UserWarning, match="of another kind"), cli_weights.gathered() as notes:
+        warnings.warn("of another kind", stacklevel=1)
+    assert not notes
+
+
 def test_a_width_that_nothing_tells_is_asked_for(tmp_path):
     wavg.save(tmp_path / "m-1.npz", {"w": np.zeros(1)})
-    message = r"m-1\.npz: neither its metadata nor its name tells which width it was tracked with"
+    message = (
+        r"m-1\.npz: which width was it tracked with\? .*: post_hoc_ema:sigma_rel=0\.07,tracked="
+    )
     with pytest.raises(WeightError, match=message):
         wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
 
@@ -279,6 +375,15 @@ def test_steps_that_nothing_tells_are_asked_for(tmp_path):
         WeightError, match=r"neither names nor metadata tell the inputs' steps; pass"
     ):
         wavg.average_checkpoints(tmp_path, weights="post_hoc_ema:sigma_rel=0.07,tracked=0.05")
+
+
+def test_records_tell_the_steps_before_any_number_in_a_name(tmp_path):
+    for name, width in (("final_ema1", 0.05), ("final_ema2", 0.1)):
+        told = wavg.Record(f"power_ema:sigma_rel={width}", 400.0, (), 400).text()
+        path = tmp_path / f"{name}.safetensors"
+        wavg.save(path, {"w": np.zeros(1)}, metadata={"wavg": told})
+    plan = wavg.plan_average(tmp_path, weights="post_hoc_ema:sigma_rel=0.07")
+    assert [part.step for part in plan.inputs] == [400, 400]
 
 
 def test_given_steps_put_the_inputs_in_their_order(run, tmp_path):

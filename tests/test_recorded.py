@@ -147,6 +147,53 @@ def test_weights_come_from_a_file_on_the_command_line(three, name, text, capsys)
     assert json.loads(capsys.readouterr().out)["coefficients"] == [0.5, 0.25, 0.25]
 
 
+def test_weights_by_name_may_be_given_in_python(three):
+    names = {"m_10": 0.25, "m_1.safetensors": 0.5, "2": 0.25}
+    assert wavg.average_checkpoints("m_*.safetensors", weights=names)["w"] == [3.5]
+    made = wavg.average_checkpoints("m_*.safetensors", weights=[names, "equal"])
+    assert made[0]["w"] == [3.5]
+    plan = wavg.plan_average("m_*.safetensors", weights=names)
+    assert plan.schedule == "m_10=0.25,m_1.safetensors=0.5,2=0.25"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({}, "a number for each name"),
+        ({1: 1.0}, "a number for each name"),
+        ({"m_1": "x"}, "weights must be numbers"),
+        (
+            {"m_1": 1, "m_2": 1},
+            "the table of weights does not match the checkpoints; without a weight",
+        ),
+    ],
+)
+def test_weights_by_name_that_do_not_fit_are_refused(three, names, message):
+    with pytest.raises(WeightError, match=message):
+        wavg.average_checkpoints("m_*.safetensors", weights=names)
+
+
+def test_what_the_command_line_prints_is_a_file_of_weights(three, capsys):
+    assert cli.main(["weights", "linear", *three, "--json"]) == 0
+    write("w.json", capsys.readouterr().out)
+    ours = wavg.average_checkpoints("m_*.safetensors", weights="w.json")
+    np.testing.assert_allclose(ours["w"], (1 + 2 * 2 + 3 * 10) / 6)
+
+
+def test_the_name_of_a_folder_is_that_of_the_checkpoint_in_it():
+    for step in (100, 900):
+        save(f"h/checkpoint-{step}/model.safetensors", step)
+    write("w.json", '{"checkpoint-100": 0.25, "checkpoint-900": 0.75}')
+    assert wavg.average_checkpoints("h/checkpoint-*", weights="w.json")["w"] == [700]
+
+
+def test_the_record_has_the_name_of_a_file_of_weights_and_not_its_folder(three):
+    path = os.path.abspath(write("w.json", '{"m_10": 0.25, "m_1": 0.5, "m_2": 0.25}'))
+    report = wavg.average_checkpoints("m_*.safetensors", "a.safetensors", weights=path)
+    assert report.plan.schedule == "w.json"
+    assert os.path.dirname(path) not in wavg.open_checkpoint("a.safetensors").index.metadata["wavg"]
+
+
 def test_names_are_steps_where_there_are_no_files(capsys):
     schedule = listed.named({"5": 1, "7.5": 3}, "w.json")
     assert schedule([5, 7.5]).tolist() == [1, 3]
@@ -161,7 +208,10 @@ def test_names_are_steps_where_there_are_no_files(capsys):
         ('{"m_1": 1, "1": 2, "m_2": 1, "m_10": 1}', "1 and m_1 would both be for m_1.safetensors"),
         ('{"m_1": 1, "m_2": 1, "m_10": -2}', "sum to zero"),
         ('{"m_1": 1, "m_2": 1, "m_10": NaN}', "weights must be finite"),
-        ("[1, 2]", "2 weights were given for 3 checkpoints"),
+        ("[1, 2]", "w.json: 2 weights were given for 3 checkpoints"),
+        ('{"m_1": 1, "m_1": 2, "m_2": 1, "m_10": 1}', "'m_1' is listed twice"),
+        ("[1, 2, NaN]", "w.json: weights must be finite"),
+        ("[1, 1, -2]", "w.json: the weights sum to zero"),
         ("[1, 2", "w.json: cannot be read as weights: "),
         ("[]", "w.json: expected a list of numbers, one a checkpoint, oldest first, or a number"),
         ("{}", "w.json: expected a list of numbers"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import wavg
 from wavg.errors import WeightError
-from wavg.weights import equal, explicit, exponential, figures, linear, parse, resolve
+from wavg.weights import check_steps, equal, explicit, exponential, figures, linear, parse, resolve
 
 ALPHAS = [0.3, 1, 2.0, 7.5, 1000]
 STREAMING = [equal(), linear(), *map(exponential, ALPHAS)]
@@ -211,7 +211,10 @@ def test_resolve_takes_a_text_a_schedule_or_numbers():
         ),
         ("cubic", "unknown weights 'cubic'; there are equal, linear, exponential:alpha=2, poly"),
         ("", "unknown weights ''; there are equal"),
-        ("Equal", "unknown weights 'Equal'; there are equal"),
+        ("Equal", "unknown weights 'Equal'; did you mean equal? Otherwise there are equal"),
+        ("linaer", "unknown weights 'linaer'; did you mean linear? "),
+        ("EXPONENTIAL:alpha=2", "did you mean exponential? "),
+        ("uniform", "unknown weights 'uniform'; did you mean equal? "),
         ("1,2,", "unknown weights '1,2,'; there are equal"),
         ("1,two", "unknown weights '1,two'; there are equal"),
         (
@@ -249,6 +252,7 @@ def test_a_text_without_sense_is_refused_with_the_reason(text, message):
         ([[1], [1, 2]], "weights must be numbers, not [[1], [1, 2]]"),
         (None, "weights must be"),
         ([1, math.inf], "weights must be finite, not [1.0, inf]"),
+        ([10**400, 1], "weights must be numbers that float64 has: int too large"),
         ([0.0, 0.0], "the weights sum to zero"),
         ([0.1, 0.2, -0.1, -0.2], "the weights sum to zero"),
     ],
@@ -258,7 +262,13 @@ def test_numbers_without_sense_are_refused_with_the_reason(weights, message):
         resolve(weights)
 
 
-@pytest.mark.parametrize("alpha", ["2", None, [1.0], 1j])
+@pytest.mark.parametrize("steps", [[1, 10**400], [1, None], [1, "x"]])
+def test_steps_that_are_no_numbers_are_refused(steps):
+    with pytest.raises(WeightError, match="steps must be numbers: "):
+        check_steps(steps)
+
+
+@pytest.mark.parametrize("alpha", ["2", None, [1.0], 1j, 10**400])
 def test_an_alpha_that_is_no_number_is_refused(alpha):
     with pytest.raises(WeightError, match="alpha must be a positive number, not"):
         exponential(alpha)

@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +39,7 @@ from wavg.grid import newest
 from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.plan import MIB, RECORDS, Plan
+from wavg.schedule import spell_number
 from wavg.weights import AMPLIFIES
 
 __all__ = ["main"]
@@ -247,8 +247,7 @@ def _average(options: argparse.Namespace) -> None:
     chosen["weights"] = options.weights or ["equal"]  # a list: a list comes back
     chosen["sort"] = options.order == "natural"
     made: list[tuple[Plan, Report | None]]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "post_hoc_ema")  # a note says it
+    with cli_weights.gathered() as notes:
         if options.dry_run:
             plans = plan_average(options.inputs, options.output, **chosen)
             made = [(plan, None) for plan in plans]
@@ -265,7 +264,7 @@ def _average(options: argparse.Namespace) -> None:
         figures = [_plan_as_json(*parts) for parts in made]
         print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
     elif not options.quiet:
-        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options))))
+        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options), notes)))
 
 
 def _choose(options: argparse.Namespace) -> None:
@@ -307,7 +306,8 @@ def _notes(
         given = [os.path.realpath(path) for path in options.inputs]
         if len(given) > 1 and [os.path.realpath(path) for path in paths] != given[-len(paths) :]:
             yield "note: the inputs were put in order; weights go to the oldest first"
-    if any(_STATISTICS.search(decision.spec.name) for decision in plan.averaged):
+    mixed = any(sum(part.proportion != 0 for part in plan.inputs) > 1 for plan, _ in made)
+    if mixed and any(_STATISTICS.search(decision.spec.name) for decision in plan.averaged):
         yield (
             "note: batch-norm statistics were averaged like the rest; "
             "re-estimating them on training data may do better"
@@ -355,7 +355,7 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     yield f"{'inputs, oldest first':<{width}}  {'step':>10}" + "  weight" * (not several)
     for part in plan.inputs:
         proportion = "" if several else f"  {part.proportion:.4f}"
-        yield f"{part.path:<{width}}  {part.step:>10g}{proportion}"
+        yield f"{part.path:<{width}}  {spell_number(part.step):>10}{proportion}"
     if not several:
         yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)

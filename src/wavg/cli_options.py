@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
@@ -27,6 +28,8 @@ __all__ = [
     "shard_size",
     "size",
 ]
+
+T = TypeVar("T")
 
 
 def add_command(
@@ -152,6 +155,23 @@ def add_opaque(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _reader(what: str) -> Callable[[Callable[[str], T]], Callable[[str], T]]:
+    """Make a function that reads a text an option's type, which says what it expects."""
+
+    def decorate(read: Callable[[str], T]) -> Callable[[str], T]:
+        @functools.wraps(read)
+        def reading(text: str) -> T:
+            try:
+                return read(text)
+            except (ValueError, OverflowError):
+                raise argparse.ArgumentTypeError(f"expected {what}, not {text!r}") from None
+
+        return reading
+
+    return decorate
+
+
+@_reader("a whole number from 1 to 1,000,000")
 def positive(text: str) -> int:
     """Read a count."""
     number = int(text)
@@ -160,31 +180,25 @@ def positive(text: str) -> int:
     return number
 
 
+@_reader("numbers with commas between them")
 def numbers(text: str) -> list[float]:
     """Read numbers with commas."""
     return [float(part) for part in text.split(",")]
 
 
+@_reader("a size such as 64MiB, 512MB or a number of bytes")
 def size(text: str) -> int:
     """Read a size in bytes."""
     return parse_size(text)
 
 
+@_reader("a size above zero, such as 5GB")
 def shard_size(text: str) -> int:
     """Read a size of at least a byte."""
     size = parse_size(text)
     if size < 1:
         raise ValueError
     return size
-
-
-for _type, _name in (
-    (positive, "whole number from 1 to 1,000,000"),
-    (numbers, "list of numbers"),
-    (size, "size"),
-    (shard_size, "size above zero"),
-):
-    _type.__name__ = _name  # argparse says: invalid positive whole number value: 'x'
 
 
 def count_of(number: int, noun: str) -> str:

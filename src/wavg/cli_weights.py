@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -14,8 +15,9 @@ from wavg import weights as schedules
 from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
+from wavg.schedule import spell_number
 
-__all__ = ["add_arguments", "amplifies", "figures_line", "glyph", "known", "run"]
+__all__ = ["add_arguments", "amplifies", "figures_line", "gathered", "glyph", "known", "run"]
 
 
 def known() -> str:
@@ -31,7 +33,7 @@ def add_arguments(
 ) -> None:
     """Declare the command's arguments, with the types that the command line has for numbers."""
     add = command.add_argument
-    add("spec", metavar="SPEC", help=known())
+    add("spec", metavar="SPEC", nargs="?", help=known())
     add("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
     add("-n", type=positive, metavar="N", help="for N checkpoints, one step apart")
     add("--steps", type=numbers, metavar="A,B,...", help="for checkpoints at these")
@@ -42,17 +44,31 @@ def add_arguments(
         metavar="SPEC",
         help="show this schedule, too; may be given several times",
     )
+    add(
+        "--list",
+        action="store_true",
+        help="list all schedules with their parameters; as without a SPEC",
+    )
     add("--plot", metavar="FILE", help="draw the weights into a picture, .png, .svg or .pdf")
 
 
 def run(options: argparse.Namespace) -> None:
     """Show what was asked for."""
     given = [bool(options.inputs), options.n is not None, options.steps is not None]
-    if sum(given) != 1:
-        options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
+    if options.list or not (options.spec or any(given)):
+        if options.json:
+            print(json.dumps(schedules.parameters(), indent=2))
+        else:
+            print("\n".join(_listing()))
+        return
+    if options.spec is None:
+        options.command.error("say which weights: a SPEC, as wavg weights --list shows them")
     rules = [schedules.resolve(text) for text in (options.spec, *options.compare)]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "post_hoc_ema")  # the note below says it
+    if not any(given):
+        options.n = rules[0].count
+    if sum(given) > 1 or (not any(given) and options.n is None):
+        options.command.error("say for which checkpoints: one of -n N, --steps A,B,... or INPUT...")
+    with gathered() as notes:
         steps, rows = _rows(options, rules)
     merits = [schedules.figures(row, steps) for row in rows]
     if options.plot:
@@ -69,8 +85,36 @@ def run(options: argparse.Namespace) -> None:
         if number:
             print()
         print("\n".join(_chart(str(rule), steps, merit)))
+    print("".join(f"{note}\n" for note in notes), end="")
     if options.plot:
         print(f"drew {options.plot}")
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[str]]:
+    """Gather what `post_hoc_ema` warns of, as notes; `amplifies` says the rest."""
+    notes = list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "post_hoc_ema")
+        yield notes
+    for warning in caught:
+        said = str(warning.message)
+        if not said.startswith("post_hoc_ema"):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif "amplification" not in said and f"note: {said}" not in notes:
+            notes.append(f"note: {said}")
+
+
+def _listing() -> Iterator[str]:
+    yield "NAME, or NAME:KEY=VALUE,... with these keys and their defaults; [KEY] has none"
+    for name, parameters in schedules.parameters().items():
+        keys = [f"[{key}]" if said is None else f"{key}={said}" for key, said in parameters.items()]
+        yield f"\n{name}{':' * bool(keys)}{','.join(keys)}"
+        yield f"    {schedules.purpose(name)}"
+    yield "\n0.2,0.3,0.5\n    Weights of one's own, oldest checkpoint first."
+    yield "\nweights.json, weights.csv\n    A file that lists them, in order or by name."
 
 
 def _rows(
@@ -104,7 +148,7 @@ def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Itera
     yield f"{'step':>10}  weight"
     for step, weight in zip(steps, merit.proportions.tolist(), strict=True):
         bar = (block if weight >= 0 else "-") * round(40 * abs(weight) / largest)
-        yield f"{step:>10g}  {weight:8.5f}  {bar}"
+        yield f"{spell_number(step):>10}  {weight:8.5f}  {bar}"
     yield figures_line(text, merit, len(steps), always=True)
     if merit.amplification > schedules.AMPLIFIES:
         yield amplifies(merit)

@@ -329,8 +329,8 @@ def _records(
             Source(name, size, part.step, coefficient, digest)
             for name, size, part, coefficient, digest in zip(*columns, hashes[newest], strict=True)
         )
-        newest_step, told = plan.inputs[-1].step, options.told()
-        records.append(Record(plan.schedule, newest_step, sources, len(sources), told).text())
+        step = max(source.step for source in sources if source.coefficient)
+        records.append(Record(plan.schedule, step, sources, len(sources), options.told()).text())
     return records
 
 

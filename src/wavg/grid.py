@@ -17,7 +17,7 @@ from wavg import weights as schedules
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, is_folder_output
 from wavg.inputs import PathLike, expand, named_steps, read_steps
-from wavg.recorded import Open, recorded_steps, recorded_weights
+from wavg.recorded import Open, own_steps, recorded_steps, recorded_weights
 
 __all__ = ["Grid", "Open", "Selection", "in_time", "newest", "select", "weigh"]
 
@@ -158,8 +158,10 @@ def newest(
 
 def _checked(last: int | None, count: int) -> int:
     if last is not None and not 1 <= last <= count:
+        advice = f"; leave it away for all, or take lawa:last={last}, which takes what there is"
         raise WeightError(
             f"last must be between 1 and {count}, the number of checkpoints, not {last}"
+            + advice * (last > count)
         )
     return last or count
 
@@ -172,7 +174,8 @@ def in_time(
 ) -> tuple[list[str], tuple[float, ...]]:
     """Return paths, oldest first, with their steps: given, or told by names, or by metadata.
 
-    Averages tracked side by side share steps; they are put in the order of these.
+    Averages tracked side by side share steps; they are put in the order of these. Any numbers make
+    such a series, so wavg's own records are believed before names.
     """
     if steps is not None and len(steps) != len(paths):
         raise WeightError(f"{len(steps)} steps were given for {len(paths)} checkpoints")
@@ -180,7 +183,8 @@ def in_time(
         if steps is not None:
             return paths, schedules.check_steps(steps)
         return paths, read_steps(paths, lambda paths: recorded_steps(paths, open_))
-    numbers = tuple(map(float, steps)) if steps is not None else named_steps(paths, repeats=True)
+    numbers = schedules.as_numbers(steps) if steps is not None else own_steps(paths, open_)
+    numbers = numbers or named_steps(paths, repeats=True)
     numbers = numbers or recorded_steps(paths, open_, repeats=True)
     if numbers is None:
         raise WeightError("neither names nor metadata tell the inputs' steps; pass steps (--steps)")

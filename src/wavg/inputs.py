@@ -45,9 +45,9 @@ def expand(
     """Return the paths of the checkpoints, oldest first.
 
     A glob or a folder is put in training order, see `in_order`. A list stays as given unless
-    `sort`; with ``sort=None`` a list whose names' numbers say otherwise gets a warning. Of a glob
-    or a folder, the `output` is left out where the other names have a number and it has none: that
-    is what an earlier run wrote. Else an output among them is refused.
+    `sort`; with ``sort=None`` there is a warning where the last numbers of names say otherwise. Of
+    a glob or a folder, the `output` is left out where the other names have a number and it has
+    none: that is what an earlier run wrote. Else an output among them is refused.
 
     Raises
     ------
@@ -66,7 +66,11 @@ def expand(
     elif sort is None and _numbers_say_otherwise(paths):
         warnings.warn(
             "the checkpoints' names suggest another order than that of the list, which is taken as "
-            "oldest first; pass sort=True to go by the names, sort=False for the list as it is",
+            "oldest first; pass sort=True to go by the names, sort=False for the list as it is"
+            if len(given) > 1
+            else f"the last numbers of the names suggest another order than from {paths[0]} to "
+            f"{paths[-1]}, which is taken as oldest first; pass sort=True if it is right, or else "
+            "a list in the order of training and sort=False",
             stacklevel=4,
         )
     seen: dict[str, str] = {}
@@ -79,10 +83,15 @@ def expand(
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
-    """Sort by the number behind ``step`` or ``epoch`` where all names have one, else naturally.
+    """Sort by the number behind ``step``, ``iter`` or ``epoch`` if all have one, else naturally.
+
+    Natural order goes by whole numbers before decimals, which are metrics, where names differ in
+    numbers alone.
 
     >>> in_order(["loss0.9-epoch10.h5", "loss1.2-epoch9.h5"])
     ['loss1.2-epoch9.h5', 'loss0.9-epoch10.h5']
+    >>> in_order(["val_loss-0.4-12.h5", "val_loss-0.5-3.h5"])
+    ['val_loss-0.5-3.h5', 'val_loss-0.4-12.h5']
     """
     result = sorted(paths, key=natural_key)
     for names in _names(result):
@@ -91,7 +100,25 @@ def in_order(paths: Iterable[str]) -> list[str]:
             if all(number is not None for number in numbers) and len({*numbers}) == len(numbers):
                 ranked = sorted(zip(numbers, range(len(result)), strict=True))
                 return [result[position] for _, position in ranked]
+    for names in _names(result):
+        keys = _whole_numbers(names)
+        if keys and len({*keys}) == len(keys):
+            return [path for _, path in sorted(zip(keys, result, strict=True))]
     return result
+
+
+def _whole_numbers(names: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the whole numbers of names that differ in numbers alone, some of them decimals.
+
+    Where one name has a decimal, the number there is none of them in any name.
+    """
+    if len({_NUMBER.sub("#", name) for name in names}) != 1:
+        return []
+    columns = list(zip(*map(_NUMBER.findall, names), strict=True))
+    whole = [column for column in columns if not any("." in number for number in column)]
+    if not whole or len(whole) == len(columns):
+        return []
+    return [tuple(map(int, row)) for row in zip(*whole, strict=True)]
 
 
 def _numbers_say_otherwise(paths: list[str]) -> bool:
@@ -233,9 +260,10 @@ def read_steps(
 ) -> tuple[float, ...]:
     """Read each checkpoint's step from its name; 1 … N where that is not an increasing series.
 
-    A number behind ``step`` counts first, then one behind ``epoch``, then the last whole number of
-    the name; first of the files' names, then of their folders'. Decimals, such as a loss, are no
-    steps. Where names tell nothing, `recorded` is asked.
+    A number behind ``step`` counts first, then one behind ``iter`` or ``it``, then one behind
+    ``epoch`` or ``ep``, then the last whole number of the name; first of the files' names, then of
+    their folders'. Decimals, such as a loss, are no steps. Where names tell nothing, `recorded` is
+    asked.
 
     >>> read_steps(["run/model_490.h5", "run/model_500.h5"])
     (490.0, 500.0)
@@ -271,7 +299,12 @@ def rises(steps: Sequence[float]) -> bool:
     return all(a < b for a, b in itertools.pairwise(steps))
 
 
-_NAMED = (r"step[=_-]?(\d+)", r"epoch[=_-]?(\d+)")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+_NAMED = (
+    r"step[=_-]?(\d+)",
+    r"(?:iteration|(?<![a-z])iter|(?<![a-z])it)[=_-]?(\d+)",
+    r"(?:epoch|(?<![a-z])ep)[=_-]?(\d+)",
+)
 
 
 def _names(paths: Sequence[str]) -> Iterator[list[str]]:

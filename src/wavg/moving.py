@@ -15,6 +15,7 @@ from wavg.schedule import F64, Schedule, Update, checked, checked_steps, spell, 
 
 __all__ = ["bema", "dema", "ema", "gamma_of", "power_ema", "sigma_rel_of"]
 
+_NARROWEST = 1e-6  # of a million steps, the last; the power is a million, too
 _WIDEST = math.sqrt(1 / 12)  # the relative width of equal weights over time, gamma = 0
 
 
@@ -136,7 +137,7 @@ def _decay(
 def dema(
     decay: float | None = None, half_life: float | None = None, per: str = "snapshot"
 ) -> Schedule:
-    """Average doubly exponentially, ``2·EMA - EMA(EMA)``: with less lag, and negative weights.
+    """Average doubly exponentially, ``2·EMA - EMA(EMA)``: with less lag; weights may be negative.
 
     Both averages begin with the oldest checkpoint, as `ema` does with ``debias=False``.
 
@@ -234,10 +235,10 @@ def power_ema(gamma: float | None = None, sigma_rel: float | None = None) -> Sch
     Parameters
     ----------
     gamma
-        The power γ, at least 0.
+        The power γ, from 0 to 1e9.
     sigma_rel
         In place of it the width of the profile relative to the run: its standard deviation over
-        its end, ``σ² = (γ+1) / ((γ+2)² (γ+3))``. Above 0, at most √(1/12) = 0.2886.
+        its end, ``σ² = (γ+1) / ((γ+2)² (γ+3))``. From 1e-6 to √(1/12) = 0.2886.
 
     References
     ----------
@@ -276,12 +277,12 @@ def power_of(name: str, gamma: float | None, sigma_rel: float | None) -> float:
             f"{name}: give one of sigma_rel, as in {name}:sigma_rel=0.1, and gamma, the power"
         )
     if gamma is not None:
-        return checked(gamma, f"{name}: gamma", "a number of at least 0", lambda g: g >= 0)
+        return checked(gamma, f"{name}: gamma", "a number from 0 to 1e9", lambda g: 0 <= g <= 1e9)
     width = checked(
         sigma_rel,
         f"{name}: sigma_rel",
-        "a number above 0 and at most 0.2886, the width of equal weights",
-        lambda s: 0 < s <= _WIDEST,
+        "a number from 1e-6 to 0.2886, the width of equal weights",
+        lambda s: _NARROWEST <= s <= _WIDEST,
     )
     return gamma_of(width)
 

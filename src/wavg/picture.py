@@ -25,7 +25,8 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
     steps
         Where the checkpoints were saved, shape (N,).
     weights
-        Each schedule's text and figures.
+        Each schedule's text and figures: of the latter the effective number, the mean age in steps
+        and, where weights are negative, the amplification, ``×2.01``.
 
     Raises
     ------
@@ -46,8 +47,7 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
     size = (3.1 * columns, 1.9 * rows + 0.5)
     figure = Figure(figsize=size if columns > 1 else (5, 3.2), dpi=120, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
-    gaps = np.diff(steps)
-    width = 0.8 * (float(gaps[gaps > 0].min()) if (gaps > 0).any() else 1.0)
+    width = _width(steps)
     for panel, (text, merit) in zip(panels, weights, strict=False):
         colors = np.where(merit.proportions < 0, "tab:red", "tab:blue")
         panel.bar(steps, merit.proportions, width, color=colors)
@@ -56,7 +56,7 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
         low, high = panel.get_ylim()
         panel.set_ylim(low, high + 0.2 * (high - low))  # room for the figures
         panel.set_title(_short(text), fontsize=9)
-        said = f"{merit.effective_number:.3g} of {len(steps)}, age {_number(merit.mean_age)}"
+        said = f"{merit.effective_number:.3g} of {len(steps)}, mean age {_number(merit.mean_age)}"
         said += f", ×{merit.amplification:.3g}" * (merit.amplification > 1.0000001)
         panel.text(
             0.03,
@@ -67,17 +67,29 @@ def draw(path: str, steps: Sequence[float], weights: Sequence[tuple[str, Figures
             fontsize=8,
         )
         panel.tick_params(labelsize=8)
+        if all(float(step).is_integer() for step in steps):
+            panel.xaxis.get_major_locator().set_params(integer=True)
     for place, panel in enumerate(panels[len(weights) :], start=len(weights)):
         panel.set_visible(False)
         panels[place - columns].tick_params(labelbottom=True)  # nothing is below it
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("weight, as a share of the sum; dotted: equal weights", fontsize=9)
+    figure.supxlabel(
+        "step\nin a panel: effective number, mean age in steps, × amplification", fontsize=9
+    )
+    label = "weight, as a share of the sum; dotted: equal weights"
+    figure.supylabel(label if rows > 1 else label.replace("; ", "\n"), fontsize=9)
     try:
         with mpl.rc_context({"svg.hashsalt": "wavg", "svg.fonttype": "none"}):
             # the same picture, the same bytes, and letters as letters
             figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
     except ValueError as error:
         raise OutputError(f"{path}: {error}", path=path) from None
+
+
+def _width(steps: Sequence[float]) -> float:
+    """Return how wide a bar is: apart from its neighbours, and still to be seen."""
+    gaps = np.diff(steps)
+    gaps = gaps[gaps > 0]
+    return max(0.8 * float(gaps.min()), float(gaps.sum()) / 200) if len(gaps) else 0.8
 
 
 def _short(text: str) -> str:

@@ -228,6 +228,11 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def _mib(size: int) -> str:
+    """Return a size in MiB; a small one is not rounded to nothing."""
+    return f"{size / MIB:.0f}" if size >= 10 * MIB else f"{size / MIB:.2g}"
+
+
 class Weighting(NamedTuple):
     """One average of a pass: a schedule, its weights of the newest inputs, and an output path."""
 
@@ -452,8 +457,8 @@ def _fit(
     block = min(wanted, _SMALLEST_BLOCK)
     needed = fixed + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
     raise MemoryBudgetError(
-        f"averaging {len(indexes)} checkpoints needs at least {needed / MIB:.0f} MiB, and "
-        f"{options.max_memory / MIB:.0f} MiB are allowed; allow more with "
+        f"averaging {len(indexes)} checkpoints needs at least {_mib(needed)} MiB, and "
+        f"{_mib(options.max_memory)} MiB are allowed; allow more with "
         "max_memory (--max-memory)",
         needed=needed,
         allowed=options.max_memory,

@@ -14,13 +14,17 @@ import numpy as np
 
 from wavg.errors import WeightError
 from wavg.moving import power_of
-from wavg.schedule import F64, Input, Schedule, checked, checked_steps, spell
+from wavg.schedule import F64, Input, Schedule, checked, checked_steps, spell, spell_number
 
 __all__ = ["AMPLIFIES", "post_hoc_ema"]
 
 # Where rounding and noise of the inputs come out ten times as large, a decimal digit of them is
 # lost: of the two to three that bfloat16 has, that shows.
 AMPLIFIES = 10.0
+
+# The weights sum to about one where the inputs know the whole profile; what is missing at its end,
+# behind the newest of them, no scaling brings back.
+_KNOWN = 0.9
 
 
 def post_hoc_ema(
@@ -41,14 +45,15 @@ def post_hoc_ema(
     gamma, sigma_rel
         The width wanted, as for `power_ema`.
     step
-        The end of the average wanted; by default the newest input's step. Inputs that end later
-        weigh nothing.
+        The end of the average wanted; by default the newest input's step, and not beyond it. Inputs
+        that end later weigh nothing.
     tracked
         The widths that the inputs have, in the measure of the one wanted: one an input, or those of
         each step. A file whose name has one of them in it (``ema-0.05-1000``) is of that; without
         such names the order of the inputs counts, which are then as many at every step. By default
         what a file's metadata says (as `wavg.StreamingAverager` writes it), or its name
-        (``sigma_rel=0.05`` or ``gamma=6.94`` in it).
+        (``sigma_rel=0.05`` or ``gamma=6.94`` in it). The name of a folder counts where inputs are
+        in several.
 
     Notes
     -----
@@ -57,7 +62,8 @@ def post_hoc_ema(
     reaches 10⁸. The singular value decomposition, in float64, leaves out directions that rounding
     has swallowed, which the result does not depend on. What it does depend on are rounding and
     noise in the inputs: they come out larger by the amplification Σ|x|, and above 10 there is a
-    warning.
+    warning. Before it is made one, the sum of x is the share of the profile that the inputs know;
+    at a step between two of theirs it falls, and below 0.9 there is a warning, too.
 
     References
     ----------
@@ -80,11 +86,27 @@ def post_hoc_ema(
         used = steps <= until
         if not used.any():
             raise WeightError(
-                f"post_hoc_ema: no input ends at step {until:g} or before; the first ends at "
-                f"{steps[0]:g}"
+                f"post_hoc_ema: no input ends at step {spell_number(until)} or before; the first "
+                f"ends at {spell_number(steps[0])}"
+            )
+        if until > steps[-1]:
+            raise WeightError(
+                f"post_hoc_ema: no input knows of step {spell_number(until)}; the newest ends at "
+                f"{spell_number(steps[-1])}, so ask for a step up to that"
             )
         weights = np.zeros(len(steps))
-        weights[used] = _solve(steps[used], powers[used], until, wanted)
+        solution = _solve(steps[used], powers[used], until, wanted)
+        known = float(solution.sum())
+        if not known > 0:
+            raise WeightError(f"{text}: the inputs know nothing of that average")
+        weights[used] = solution / known
+        if known < _KNOWN:
+            warnings.warn(
+                f"{text}: the inputs know a share of only {known:.2g} of that average, and are "
+                f"scaled up; the newest up to step {spell_number(until)} ends at "
+                f"{spell_number(steps[used][-1])}, and a step at which inputs end needs no scaling",
+                stacklevel=3,
+            )
         amplification = float(np.abs(weights).sum())
         if amplification > AMPLIFIES:
             warnings.warn(
@@ -106,7 +128,7 @@ def post_hoc_ema(
         if widths is not None:
             named = _named(inputs, given or ())
             return coefficients(steps) if named is None else combine(steps, widths[named])
-        return combine(steps, np.array([_power_of_input(each, text) for each in inputs]))
+        return combine(steps, _powers_told(inputs, text))
 
     text = spell(
         "post_hoc_ema",
@@ -132,13 +154,13 @@ def _named(inputs: Sequence[Input], tracked: Sequence[float]) -> list[int] | Non
 
     The order alone would not do: naturally sorted, 0.1 comes before 0.05.
     """
-    places = []
-    for given in inputs:
-        folder, name = os.path.split(os.path.abspath(given.path))
-        decimals = re.findall(r"\d+\.\d+", f"{os.path.basename(folder)}/{name}")
-        said = {float(decimal) for decimal in decimals}
-        places.append([place for place, width in enumerate(tracked) if width in said])
-    if not any(places) or len({*tracked}) < len(tracked):
+    if len({*tracked}) < len(tracked):
+        return None
+    names, folders = _names(inputs)
+    places = _widths_in(names, tracked)
+    if not any(places) and len({*folders}) > 1:  # one folder for all is that of a run
+        places = _widths_in(folders, tracked)
+    if not any(places):
         return None
     for given, found in zip(inputs, places, strict=True):
         if len(found) != 1:
@@ -147,7 +169,21 @@ def _named(inputs: Sequence[Input], tracked: Sequence[float]) -> list[int] | Non
                 "of other inputs have one; give one width an input, in their order",
                 path=given.path,
             )
-    return [found[0] for found in places]
+    of_inputs = [found[0] for found in places]
+    missing = sorted({*range(len(tracked))} - {*of_inputs})
+    if missing:
+        raise WeightError(
+            f"post_hoc_ema: by their names ({inputs[0].path}) all inputs have the width "
+            f"{' or '.join(spell_number(tracked[place]) for place in sorted({*of_inputs}))}, and "
+            f"none has {spell_number(tracked[missing[0]])}, which is tracked, too; give one width "
+            "an input, in their order"
+        )
+    return of_inputs
+
+
+def _widths_in(names: Sequence[str], tracked: Sequence[float]) -> list[list[int]]:
+    said = [{float(decimal) for decimal in re.findall(r"\d+\.\d+", name)} for name in names]
+    return [[place for place, width in enumerate(tracked) if width in each] for each in said]
 
 
 def _spread(powers: F64, steps: F64) -> F64:
@@ -163,25 +199,50 @@ def _spread(powers: F64, steps: F64) -> F64:
     return np.tile(powers, groups)
 
 
-def _power_of_input(given: Input, text: str) -> float:
-    """Return the power that a file's metadata or name tells."""
-    folder, name = os.path.split(os.path.abspath(given.path))
-    for said in (given.weights() or "", os.path.splitext(name)[0], os.path.basename(folder)):
-        match = re.search(r"(gamma|sigma_rel)[=_-]?(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", said)
-        if match:
-            return power_of(
-                f"{given.path}", **{"gamma": None, "sigma_rel": None, match[1]: float(match[2])}
+def _powers_told(inputs: Sequence[Input], text: str) -> F64:
+    """Return the power of each input, as its metadata, its name or its folder tells."""
+    names, folders = _names(inputs)
+    found = []
+    for given, name, folder in zip(inputs, names, folders, strict=True):
+        made_by = given.weights() or ""
+        recorded = _RECORDED.fullmatch(made_by)
+        if made_by.startswith("power_ema") and not recorded:
+            raise WeightError(
+                f"{given.path}: it was made by {made_by}, which is no power EMA over all steps",
+                path=given.path,
             )
-    raise WeightError(
-        f"{given.path}: neither its metadata nor its name tells which width it was tracked with "
-        f"(power_ema:sigma_rel=...); say so in the weights: {text},tracked=0.05/0.1, one an input "
-        "or those of each step",
-        path=given.path,
-    )
+        match = recorded or _TOLD.search(name)
+        if not match and len({*folders}) > 1:  # one folder for all is that of a run
+            match = _TOLD.search(folder)
+        if not match:
+            raise WeightError(
+                f"{given.path}: which width was it tracked with? Neither wavg's record in it nor "
+                f"sigma_rel=... in its name tells; say it in the weights: {text},tracked=0.05/0.1, "
+                "either the widths of all inputs in their order, or the few that were saved at "
+                "every step",
+                path=given.path,
+            )
+        widths = {"gamma": None, "sigma_rel": None, match[1]: float(match[2])}
+        found.append(power_of(given.path, **widths))
+    return np.array(found)
+
+
+_NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_TOLD = re.compile(rf"(gamma|sigma_rel)[=_-]?{_NUMBER}")
+_RECORDED = re.compile(
+    rf"(?:power_ema|post_hoc_ema):(gamma|sigma_rel)={_NUMBER}(?:,(?:step|tracked)=[^,]*)*"
+)
+
+
+def _names(inputs: Sequence[Input]) -> tuple[list[str], list[str]]:
+    """Return the names of the inputs without ending, and those of their folders."""
+    split = [os.path.split(os.path.abspath(given.path)) for given in inputs]
+    names = [os.path.splitext(name)[0] for _, name in split]
+    return names, [os.path.basename(folder) for folder, _ in split]
 
 
 def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
-    """Return the weights, of sum one, with which profiles come nearest to the wanted one."""
+    """Return the weights with which profiles come nearest to the wanted one."""
     from threadpoolctl import threadpool_limits
 
     times = steps / end
@@ -189,8 +250,7 @@ def _solve(steps: F64, powers: F64, end: float, wanted: float) -> F64:
     target = _product(times, powers, np.ones(1), np.full(1, wanted))
     with threadpool_limits(1, user_api="blas"):  # the same digits on every machine's cores
         weights, *_ = np.linalg.lstsq(products, target, rcond=None)
-    total = float(weights.sum())
-    return np.asarray(weights / total, np.float64)
+    return np.asarray(weights, np.float64)
 
 
 def _product(times: F64, powers: F64, ends: F64, others: F64) -> F64:

@@ -15,7 +15,7 @@ from wavg.checkpoint import Checkpoint
 from wavg.inputs import rises
 from wavg.record import KEY, Record
 
-__all__ = ["Open", "recorded_steps", "recorded_weights"]
+__all__ = ["Open", "own_steps", "recorded_steps", "recorded_weights"]
 
 Open: TypeAlias = Callable[[str], Checkpoint]
 
@@ -43,13 +43,28 @@ def recorded_steps(
     return None
 
 
+def own_steps(paths: Sequence[str], open_: Open) -> tuple[float, ...] | None:
+    """Return the steps of wavg's own records, or None if not every checkpoint has one."""
+    steps = []
+    for path in paths:
+        record = Record.read(_metadata(path, open_))
+        if record is None:
+            return None
+        steps.append(record.step)
+    return tuple(steps)
+
+
 def recorded_weights(path: str, open_: Open) -> str | None:
     """Return the text of the schedule that made a checkpoint, if its metadata have wavg's record.
 
-    For one that `wavg.StreamingAverager` saved this is ``power_ema:sigma_rel=0.05``, say.
+    For one that `wavg.StreamingAverager` saved this is ``power_ema:sigma_rel=0.05``, say, and over
+    a window of three ``power_ema:sigma_rel=0.05 (window=3)``, which is no schedule of any text.
     """
     record = Record.read(_metadata(path, open_))
-    return None if record is None else record.weights
+    if record is None:
+        return None
+    window = record.options.get("window")
+    return record.weights if window is None else f"{record.weights} (window={window})"
 
 
 def _metadata(path: str, open_: Open) -> Mapping[str, str]:

@@ -332,6 +332,8 @@ def explicit(weights: Sequence[float] | F64) -> Schedule:
         values = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError):
         raise WeightError(f"weights must be numbers, not {weights!r}") from None
+    except OverflowError as error:
+        raise WeightError(f"weights must be numbers that float64 has: {error}") from None
     if values.ndim != 1 or not len(values):
         raise WeightError(f"weights must be a flat list of numbers, not shape {values.shape}")
     if not np.isfinite(values).all():
@@ -344,4 +346,5 @@ def explicit(weights: Sequence[float] | F64) -> Schedule:
             raise WeightError(f"{len(values)} weights were given for {len(steps)} checkpoints")
         return values.copy()
 
-    return Schedule(",".join(map(spell_number, values.tolist())), coefficients)
+    text = ",".join(map(spell_number, values.tolist()))
+    return Schedule(text, coefficients, count=len(values))

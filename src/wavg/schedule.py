@@ -66,6 +66,8 @@ class Schedule:
     of_inputs
         In place of `coefficients` where the checkpoints themselves are known and count: from the
         steps and what `Input` says of each.
+    count
+        How many checkpoints it is for, where it is for so many only.
     repeats
         Whether several checkpoints may have one step, as two averages tracked side by side do.
 
@@ -84,6 +86,7 @@ class Schedule:
     update: Update | None = None
     of_inputs: Callable[[F64, Sequence[Input]], F64] | None = None
     repeats: bool = False
+    count: int | None = None
 
     def __call__(self, steps: npt.ArrayLike, inputs: Sequence[Input] | None = None) -> F64:
         """Return the weights of checkpoints saved at these steps, oldest first."""
@@ -133,9 +136,13 @@ def checked(
     ...
     wavg.errors.WeightError: exponential: alpha must be a positive number, not -1
     """
-    if not (isinstance(value, Real) and math.isfinite(value) and test(float(value))):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and test(number)):
         raise WeightError(f"{what} must be {allowed}, not {value!r}")
-    return float(value)
+    return number
 
 
 def checked_steps(name: str, steps: F64, *, positive: bool = False) -> F64:

@@ -7,10 +7,11 @@ the command line, the reports and the constructors share.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -34,7 +35,7 @@ from wavg.rules import (
     schedule_free,
     wsm,
 )
-from wavg.schedule import F64, Input, Schedule
+from wavg.schedule import F64, Input, Schedule, spell
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -47,6 +48,7 @@ __all__ = [
     "Input",
     "Schedule",
     "WeightsLike",
+    "as_numbers",
     "bema",
     "check_steps",
     "cumulative_window",
@@ -59,17 +61,21 @@ __all__ = [
     "is_several",
     "lawa",
     "linear",
+    "parameters",
     "parse",
     "polynomial",
     "polynomial_decay",
     "post_hoc_ema",
     "power_ema",
+    "purpose",
     "resolve",
     "schedule_free",
     "wsm",
 ]
 
-WeightsLike: TypeAlias = "str | Schedule | Sequence[float] | npt.NDArray[np.float64]"
+WeightsLike: TypeAlias = (
+    "str | Schedule | Sequence[float] | npt.NDArray[np.float64] | Mapping[str, float]"
+)
 
 _CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
     made.__name__: made
@@ -127,9 +133,9 @@ def parse(text: str) -> Schedule:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
             raise WeightError(
-                f"unknown weights {text!r}; there are {', '.join(KNOWN)}, numbers with commas, one "
-                "a checkpoint, oldest first, such as 0.2,0.3,0.5, and files that list them, such "
-                "as weights.json or weights.csv"
+                f"unknown weights {text!r}; {_meant(name)}there are {', '.join(KNOWN)}, numbers "
+                "with commas, one a checkpoint, oldest first, such as 0.2,0.3,0.5, and files that "
+                "list them, such as weights.json or weights.csv"
             ) from None
         return explicit(numbers)
     takes = inspect.signature(_CONSTRUCTORS[name]).parameters
@@ -147,6 +153,46 @@ def parse(text: str) -> Schedule:
         except (ValueError, KeyError):
             raise WeightError(f"{value!r} in weights {text!r} is not {kind}") from None
     return _CONSTRUCTORS[name](**arguments)
+
+
+def _meant(name: str) -> str:
+    """Ask about the name that is nearest, or that others have for the same; or say nothing."""
+    said = name.strip().lower()
+    near = difflib.get_close_matches(said, _CONSTRUCTORS, n=1)
+    near = [_ELSEWHERE[said]] if said in _ELSEWHERE else near
+    return f"did you mean {near[0]}? Otherwise " if near else ""
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(("uniform", "mean", "average", "swa", "sma"), "equal"),
+    **dict.fromkeys(("wma",), "linear"),
+    **dict.fromkeys(("exp",), "exponential"),
+}
+
+
+def parameters() -> dict[str, dict[str, str | None]]:
+    """Return every schedule's parameters with their defaults as text, or None where there is none.
+
+    >>> parameters()["schedule_free"]
+    {'r': '0', 'warmup': '0'}
+    """
+    return {
+        name: {
+            key: None if each.default is None else spell(key, _=each.default).partition("=")[2]
+            for key, each in inspect.signature(made).parameters.items()
+        }
+        for name, made in _CONSTRUCTORS.items()
+    }
+
+
+def purpose(name: str) -> str:
+    """Return what a schedule is for, in a line.
+
+    >>> purpose("polynomial")
+    'Weigh by a power of the step: c_i = t_i^p.'
+    """
+    said = inspect.getdoc(_CONSTRUCTORS[name]) or ""
+    return said.partition("\n")[0].replace("`", "")
 
 
 # How a parameter's value is read, by its annotation.
@@ -167,17 +213,19 @@ def is_several(weights: WeightsLike | Sequence[WeightsLike]) -> TypeIs[Sequence[
     >>> is_several([[1, 2], [1, 3]])
     True
     """
-    if isinstance(weights, (str, Schedule)) or not isinstance(weights, Iterable):
+    if isinstance(weights, (str, Schedule, Mapping)) or not isinstance(weights, Iterable):
         return False
-    return any(isinstance(item, (str, Schedule)) or np.ndim(item) > 0 for item in weights)
+    return any(isinstance(item, (str, Schedule, Mapping)) or np.ndim(item) > 0 for item in weights)
 
 
 def resolve(weights: WeightsLike) -> Schedule:
-    """Return the schedule that a text, a schedule or a list of numbers stands for."""
+    """Return what a text, a schedule, a list of numbers or numbers by name stand for."""
     if isinstance(weights, Schedule):
         return weights
     if isinstance(weights, str):
         return parse(weights)
+    if isinstance(weights, Mapping):
+        return listed.of_mapping(weights)
     if callable(weights):
         raise WeightError(
             f"{weights!r} is not a schedule; call it, as in wavg.exponential(alpha=3)"
@@ -207,13 +255,25 @@ class Figures:
     amplification: float
 
 
+def as_numbers(steps: Sequence[float]) -> tuple[float, ...]:
+    """Return steps as floats, or refuse them.
+
+    >>> as_numbers([10, 20])
+    (10.0, 20.0)
+    """
+    try:
+        return tuple(map(float, steps))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WeightError(f"steps must be numbers: {error}") from None
+
+
 def check_steps(steps: Sequence[float], *, repeats: bool = False) -> tuple[float, ...]:
     """Return steps as numbers, or refuse those that do not increase, or fall where they may repeat.
 
     >>> check_steps([10, 20])
     (10.0, 20.0)
     """
-    numbers = tuple(map(float, steps))
+    numbers = as_numbers(steps)
     rising = all(a < b or (repeats and a == b) for a, b in itertools.pairwise(numbers))
     if not rising or not all(map(math.isfinite, numbers)):
         raise WeightError(f"steps must increase, oldest checkpoint first, not {list(numbers)}")
