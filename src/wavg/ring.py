@@ -31,7 +31,7 @@ _FILES = "model_*.safetensors"
 
 
 class MemoryRing:
-    """The last models, copied into arrays that are made for the first n and used again.
+    """The last models, copied into arrays that are made once.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class MemoryRing:
 
     def __init__(self, rules: Sequence[Schedule], window: int, allow_nonfinite: bool) -> None:
         self._rules, self._window, self._allow_nonfinite = rules, window, allow_nonfinite
-        self._slots: list[list[Array]] = []
+        self._slots: list[list[Array]] = []  # oldest first
+        self._spare: list[list[Array]] = []  # for those to come; none after `unpack`
         self.steps: list[float] = []  # of the models held, oldest first
         self._scratch = Scratch()
         self.torn = False  # an update has begun, and whoever asked for it has not yet noted it
@@ -56,8 +57,10 @@ class MemoryRing:
         """Take in a model, in place of the oldest if there are n; `torn` until that is noted."""
         if not self._allow_nonfinite:
             refuse_nonfinite(structure.leaves, arrays, self._scratch)
+        if not self._slots:
+            self._spare = [_empty(structure) for _ in range(self._window)]
         full = len(self._slots) == self._window
-        slot = self._slots[0] if full else _empty(structure)
+        slot = self._slots[0] if full else self._spare.pop() if self._spare else _empty(structure)
         self.torn = True
         self._slots = [*(self._slots[1:] if full else self._slots), slot]
         for place, array in zip(slot, arrays, strict=True):

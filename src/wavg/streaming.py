@@ -65,7 +65,7 @@ class StreamingAverager:
     *Memory.* Eight bytes a number and average, or four; for a model of float64 and an average that
     is exact, 16. All is made at the first update; later ones work in place, in blocks. Only if one
     number in 64 of a leaf outgrows its sum (values some 2²⁵ apart at one place) is another array
-    made. A window takes its n models in memory, as they come, or on the disk.
+    made. A window takes its n models in memory, or on the disk.
 
     Examples
     --------
