@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "streaming": "files inputs record ring schedule state structure tracks weights errors",
     "prefixes": "",
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",
-    "evaluation": "errors",
+    "evaluation": "dtypes errors",
     "journal": "evaluation errors",
     "scoring": "checkpoint evaluation journal",
     "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
@@ -86,7 +86,7 @@ MAY_IMPORT = {
     "results": "evaluation inputs scoring sweep_picture errors",
     "sweeps": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
     "subjects prefix_sums weights errors",
-    "selection": "formats grid inputs errors",
+    "selection": "evaluation formats grid inputs errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
     "soups": "evaluation files formats greedy grid inputs journal outputs scoring selection "
     "subjects errors",

@@ -112,6 +112,11 @@ def test_a_budget_ends_the_trials(run):
         wavg.soup(run, distance, maximize=False, budget=5)
 
 
+def test_a_budget_is_a_whole_number(run):
+    with pytest.raises(TypeError, match="integer"):
+        wavg.soup(run, distance, maximize=False, budget=7.5)
+
+
 def test_recorded_metrics_save_the_evaluations_alone(run):
     calls = []
     result = wavg.soup(

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.errors import WavgError
-from wavg.evaluation import Outcome, standard_error
+from wavg.evaluation import Outcome, is_tie
 from wavg.inputs import PathLike
 from wavg.scoring import better
 from wavg.sweep_picture import Points, draw
 
-__all__ = ["Score", "Sweep", "best_of", "is_tie"]
+__all__ = ["Score", "Sweep", "best_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +76,6 @@ class Score:
             return f"{what}: failed, {self.error}"
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
         return f"{self.score:.5g}{error}, {what}"
-
-
-def is_tie(one: Outcome, other: Outcome) -> bool:
-    """Whether two scores differ by no more than the standard error of their difference.
-
-    That of scores of the same examples is taken pair by pair. Without scores of examples nothing
-    is known, and nothing is a tie.
-    """
-    if one.examples is None or other.examples is None or one.score is None or other.score is None:
-        return False
-    if len(one.examples) == len(other.examples):
-        error = standard_error(one.examples - other.examples)
-    elif one.standard_error is None or other.standard_error is None:
-        return False
-    else:
-        error = math.hypot(one.standard_error, other.standard_error)
-    return error is not None and abs(one.score - other.score) <= error
 
 
 def best_of(outcomes: Sequence[Outcome], maximize: bool) -> int | None:

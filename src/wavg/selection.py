@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wavg.errors import WavgError
+from wavg.evaluation import direction_of
 from wavg.formats import ending_of, open_file
 from wavg.grid import newest
 from wavg.inputs import PathLike
@@ -83,6 +84,7 @@ def best_checkpoints(
     >>> [os.path.basename(path) for path in paths]
     ['model_2.npz', 'model_3.npz']
     """
+    maximize = direction_of(maximize)
     paths, numbers = newest(inputs, steps, (), sort, None, None, open_file)
     found = metrics_of(paths, numbers, metrics, metric, first_epoch)
     if not 1 <= best <= len(found):

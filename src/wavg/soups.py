@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from wavg import outputs
 from wavg.errors import WavgError
-from wavg.evaluation import Evaluate, evaluator_of
+from wavg.evaluation import Evaluate, direction_of, evaluator_of
 from wavg.files import average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.greedy import evaluated, greedy
@@ -195,6 +196,8 @@ def soup(
     >>> [(trial.step, trial.taken) for trial in result.trials]
     [(3.0, True), (0.0, True), (1.0, False), (2.0, False)]
     """
+    maximize = direction_of(maximize)
+    budget = None if budget is None else operator.index(budget)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
     paths, numbers = newest(inputs, steps, (), sort, output, last, open_)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from wavg import outputs
 from wavg import weights as schedules
 from wavg.errors import WeightError
-from wavg.evaluation import Evaluate, evaluator_of
+from wavg.evaluation import Evaluate, direction_of, evaluator_of
 from wavg.files import average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.grid import Grid, Open, newest, weigh
@@ -129,6 +129,7 @@ def sweep(
     >>> [round(score.score, 2) for score in result.averages], result.best.n
     ([0.4, 0.1, 0.4, 0.02], 4)
     """
+    maximize = direction_of(maximize)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
     rules = Grid.of(weights, None).rules
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
