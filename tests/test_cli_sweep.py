@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -122,6 +123,28 @@ def test_a_stopped_sweep_says_how_to_go_on_and_does(run, tmp_path):
     assert code == 1
     assert "j is the journal of another series" in err
     assert "\n  steps: there 6.0, 7.0" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_the_end_of_its_terminal_stops_a_sweep_as_a_person_does(run, tmp_path, name):
+    signalled = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+    (tmp_path / "score_it.py").write_text(MODULE.replace("raise KeyboardInterrupt", signalled))
+    words = ("sweep", "m_*.npz", "--evaluate", "score_it:stopped", "--minimize", "--journal", "j")
+    code, _, err = run(*words)
+    assert code == 130
+    assert "goes on from here" in err
+    assert json.loads((tmp_path / "j").read_text().splitlines()[-1]) == {"stopped": "5 alone"}
+
+
+def test_a_sweep_that_is_to_survive_its_terminal_does(run, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        signalled = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
+        (tmp_path / "score_it.py").write_text(MODULE.replace("raise KeyboardInterrupt", signalled))
+        code, _, _ = run("sweep", "m_*.npz", "--evaluate", "score_it:stopped", "--minimize")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0
 
 
 def test_without_a_journal_an_interruption_says_there_is_one(run):

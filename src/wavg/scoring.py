@@ -91,21 +91,24 @@ class Scorer:
 
     def run(self, key: str, subject: Any) -> Outcome:
         """Evaluate a model's tensors, or a path, whichever the evaluator takes."""
-        self._journal.begin(key)
         try:
+            self._journal.begin(key)
             outcome = self._evaluator(subject)
-        except KeyboardInterrupt:
-            self._journal.stop(key)
+            self._journal.end(key, outcome)
+        except BaseException:  # this process lives: the evaluation has not ended it
+            with contextlib.suppress(OSError):
+                self._journal.stop(key)
             raise
-        self._end(key, outcome)
+        self._seen(key, outcome)
         return outcome
 
     def fail(self, key: str, reason: str) -> None:
         """Record that there is nothing to evaluate."""
-        self._end(key, Outcome(None, reason))
-
-    def _end(self, key: str, outcome: Outcome) -> None:
+        outcome = Outcome(None, reason)
         self._journal.end(key, outcome)
+        self._seen(key, outcome)
+
+    def _seen(self, key: str, outcome: Outcome) -> None:
         self._compare(key, outcome)
         self._show(1)
 

@@ -234,6 +234,7 @@ def soup(
                 "metrics": sorted(own.items()),
                 **described(evaluator, maximize, numbers, subjects.checkpoints, options),
             },
+            fatal=not files,
         ) as record,
         Scorer(
             evaluator,

@@ -161,6 +161,7 @@ def sweep(
                 "weights": list(map(str, rules)),
                 **described(evaluator, maximize, numbers, subjects.checkpoints, options),
             },
+            fatal=not files,
         ) as record,
         Scorer(
             evaluator,
