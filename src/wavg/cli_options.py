@@ -111,8 +111,8 @@ def add_metrics(command: argparse.ArgumentParser) -> None:
     add(
         "--metrics",
         metavar="FILE",
-        help="a .json or .csv of recorded metrics by name, step or epoch, such as Keras' CSVLogger "
-        "writes",
+        help="a .json, .jsonl or .csv of recorded metrics by name, step or epoch, such as Keras' "
+        "CSVLogger or Hugging Face's trainer_state.json",
     )
     add("--metric", metavar="COLUMN", help="which metric, where FILE has several")
     add(
