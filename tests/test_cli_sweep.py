@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -88,6 +89,45 @@ def test_json_is_one_object(run):
     found = json.loads(out)
     assert code == 0
     assert found["best"] == {"n": 2, "weights": "equal", "score": 0.0}
+
+
+@pytest.mark.parametrize("options", [("--csv", "x"), ("--plot", "x.png")])
+def test_files_that_exist_are_refused_before_anything_is_scored(run, tmp_path, options):
+    pytest.importorskip("matplotlib")
+    (tmp_path / options[1]).write_text("mine")
+    words = ("sweep", "m_*.npz", "--evaluate", "score_it:broken", "--minimize")
+    assert_fails(run(*words, *options), f"{options[1]} exists; ")
+    assert (tmp_path / options[1]).read_text() == "mine"
+    assert run(*SWEEP, *options, "--overwrite")[0] == 0
+    assert (tmp_path / options[1]).read_bytes() != b"mine"
+
+
+def test_a_table_that_cannot_be_written_leaves_the_scores_on_the_screen(run, tmp_path, monkeypatch):
+    spoil = "import os; os.rename('there', 'gone')"
+    (tmp_path / "score_it.py").write_text(MODULE.replace('print("evaluating")', spoil, 1))
+    (tmp_path / "there").mkdir()
+    code, out, err = run(*SWEEP, "--csv", "there/x.csv")
+    assert code == 1
+    assert "* best average" in out
+    assert "there is no folder" in err
+
+
+def test_programs_of_an_evaluator_print_elsewhere(run, tmp_path):
+    printing = "import os; os.system('echo from a program')"
+    (tmp_path / "score_it.py").write_text(MODULE.replace('print("evaluating")', printing))
+    words = [sys.executable, "-m", "wavg", *SWEEP, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["best"]["n"] == 2
+    assert "from a program" in done.stderr
+
+
+def test_the_best_is_written_with_the_options_of_the_sweep(run):
+    words = ("--dtype", "float64", "--include", "w*", "--steps", "1,2,3,4,5", "--order", "given")
+    _, out, _ = run(*SWEEP, *words)
+    assert out.splitlines()[-1].endswith(
+        "--weights equal --last 2 --steps 1.0,2.0,3.0,4.0,5.0 --order given --include 'w*' "
+        "--dtype float64"
+    )
 
 
 def test_quiet_prints_nothing(run):
@@ -184,6 +224,8 @@ def test_a_wrong_usage_says_so(run, words, told):
         (("sweep", "m_*.npz", "--evaluate", "score_it:no", "--minimize"), "cannot import"),
         ((*SWEEP, "--plot", "p.txt"), "end its name with .png"),
         ((*SWEEP, "-o", "none/best.npz"), "there is no folder"),
+        ((*SWEEP, "--csv", "none/s.csv"), "there is no folder"),
+        ((*SWEEP, "--csv", "s.npz", "-o", "s.npz"), "written twice"),
         ((*SWEEP, "--timeout", "5"), "cannot be timed out"),
         ((*SOUP, "--budget", "3"), "leaves none for a soup"),
     ],

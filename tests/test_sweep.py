@@ -21,7 +21,7 @@ import wavg
 from contract import random_array
 from wavg import weights as schedules
 from wavg.dtypes import dtype_of
-from wavg.evaluation import Command
+from wavg.evaluation import Command, Outcome, is_tie
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64")
 
@@ -404,6 +404,53 @@ def test_other_numbers_of_examples_are_compared_unpaired(run):
     assert result.singles[0].tie
 
 
+def test_one_example_of_all_that_differs_is_a_tie_whatever_rounding_says():
+    for size in range(2, 60):
+        other = np.ones(size)
+        other[0] = 0
+        assert is_tie(
+            Outcome(float(other.mean()), examples=other), Outcome(1.0, examples=np.ones(size))
+        )
+    two = np.array([0.0, 0.0, *np.ones(98)])  # at two of them the difference is beyond it
+    assert not is_tie(Outcome(float(two.mean()), examples=two), Outcome(1.0, examples=np.ones(100)))
+
+
+def test_the_same_model_in_another_column_is_a_tie(run):
+    result = wavg.sweep(
+        run, lambda m: -m["scalar"] - np.arange(3), maximize=False, weights=["equal", "linear"]
+    )
+    assert (result.best.n, result.best.weights, result.best.tie) == (1, "equal", False)
+    assert [result.singles[0].tie, result.averages[1].tie] == [True, True]
+    assert [line.split()[2:] for line in str(result).splitlines()[3:4]] == [
+        ["-41.000~", "-41.000*", "-41.000~"]
+    ]
+
+
+def test_a_single_that_is_better_is_told_to_be_a_tie(run):
+    def evaluate(tensors):
+        return np.array([tensors["scalar"] / 1000, 0, 1, 0, 1 + (tensors["scalar"] == 20) * 0.2])
+
+    text = str(wavg.sweep(run, evaluate, maximize=True))
+    assert "  a checkpoint alone scores better, though it is a tie: 0.44" in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ((1234.51, 1234.55), ["1234.5100", "1234.5500"]),
+        ((5e-9, 4e-9), ["5.0000e-09", "4.0000e-09"]),
+        ((0.7, 0.5), ["0.70000", "0.50000"]),
+        ((0.7, 0.1 * 7), ["0.70000", "0.70000"]),
+        ((0.0, 0.0), ["0.0000", "0.0000"]),
+    ],
+)
+def test_scores_are_shown_with_the_digits_that_tell_them_apart(run, scores, shown):
+    given = iter(scores)
+    result = wavg.sweep(run[-2:], lambda m: next(given, None), maximize=True)
+    lines = str(result).splitlines()
+    assert [line.split()[2].rstrip("*") for line in lines[3:5]] == shown
+
+
 def test_without_examples_nothing_is_a_tie(run):
     result = wavg.sweep(run, lambda m: 1.0, maximize=True)
     assert not any(s.tie for s in (*result.singles, *result.averages))
@@ -450,6 +497,10 @@ def test_the_picture_has_dots_a_line_a_schedule_and_the_best(run, tmp_path, coun
     assert "score (lower is better) -->" in text
     with pytest.raises(wavg.OutputError, match=r"end its name with \.png"):
         result.plot(tmp_path / "p.txt")
+    for write in (result.plot, result.to_csv, result.to_json):
+        with pytest.raises(wavg.OutputExistsError):
+            write(tmp_path / "p.svg")
+        write(tmp_path / "p.svg", overwrite=True)
 
 
 def test_a_missing_matplotlib_is_told(run, monkeypatch):

@@ -19,6 +19,7 @@ from wavg.greedy import evaluated, greedy
 from wavg.grid import newest
 from wavg.inputs import PathLike
 from wavg.journal import Journal
+from wavg.results import written
 from wavg.scoring import Scorer, described, resumable
 from wavg.selection import metrics_of
 from wavg.subjects import Subjects
@@ -90,8 +91,11 @@ class Soup:
     def __str__(self) -> str:
         return "\n".join(_table(self))
 
-    def to_json(self, path: PathLike | None = None) -> str:
-        """Return all there is as one JSON object; also written to `path` if given."""
+    def to_json(self, path: PathLike | None = None, *, overwrite: bool = False) -> str:
+        """Return all there is as one JSON object; also written to `path` if given.
+
+        A file that exists is replaced only with `overwrite`.
+        """
         whole = {
             "evaluate": self.evaluate,
             "maximize": self.maximize,
@@ -103,11 +107,7 @@ class Soup:
                 {name: getattr(trial, name) for name in Trial.__slots__} for trial in self.trials
             ],
         }
-        text = json.dumps(whole, indent=2) + "\n"
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        return text
+        return written(json.dumps(whole, indent=2) + "\n", path, overwrite=overwrite)
 
 
 def soup(

@@ -184,8 +184,8 @@ def sweep(
             Score.of(n, None, record.outcomes[_alone(n)], chosen) for n in range(1, len(paths) + 1)
         ),
         tuple(
-            Score.of(cell.n, str(cell.rule), outcome, chosen)
-            for cell, outcome in zip(cells, outcomes, strict=True)
+            Score.of(cell.n, str(cell.rule), outcome, None if position == best else chosen)
+            for position, (cell, outcome) in enumerate(zip(cells, outcomes, strict=True))
         ),
         subjects.bytes_read,
         rounds,
