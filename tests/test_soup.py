@@ -145,6 +145,15 @@ def test_failures_keep_a_checkpoint_out(run):
         wavg.soup(run, lambda m: 1 / 0, maximize=False)
 
 
+def test_a_number_that_is_not_finite_keeps_its_checkpoint_out(run):
+    wavg.save(run[1], {**wavg.load(run[1]), "w": np.float32([np.nan])}, overwrite=True)
+    metrics = {f"m_{step}": float(step != 1) for step in range(5)}  # it has the first turn
+    for options in ({}, {"metrics": metrics}):
+        result = wavg.soup(run, distance, maximize=False, **options)
+        assert result.chosen == (run[0], run[4])
+        assert [int(t.step) for t in result.trials if "w[0] is nan" in t.error] == [1]
+
+
 @pytest.mark.parametrize("stop", range(1, 10))
 def test_a_journal_goes_on_wherever_it_was_stopped(run, tmp_path, stop):
     calls = []

@@ -75,7 +75,8 @@ def add_sweep(commands: Any) -> None:
         type=size,
         metavar="SIZE",
         help="the most that running sums take, in memory, or on disk for a command; with less the "
-        "checkpoints are read more often (default: four sums, or 256MiB if that is more)",
+        "checkpoints are read more often (default: four sums, on disk sixteen, or 256MiB if that "
+        "is more)",
     )
     _add_common(command)
 

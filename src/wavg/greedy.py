@@ -39,8 +39,11 @@ def evaluated(subjects: Subjects, scorer: Scorer, positions: Sequence[int]) -> O
     key = _key(positions)
     if scorer.pending(key):
         with contextlib.closing(subjects.take(positions[0], alone=True)) as taken:
-            for _, model, _ in taken:
-                scorer.run(key, model)
+            for _, model, problem in taken:
+                if problem:
+                    scorer.fail(key, problem)
+                else:
+                    scorer.run(key, model)
     return scorer.outcome(key)
 
 

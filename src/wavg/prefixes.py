@@ -8,7 +8,7 @@ follow from these: so only these are kept. It knows numbers only, no tensors and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,18 @@ class Step(NamedTuple):
     def takes(self) -> bool:
         """Whether the model has a weight in anything."""
         return bool(self.sums[:, -1].any() or self.outputs[:, -1].any())
+
+    def divided(self) -> Iterator[Step]:
+        """Yield steps that together do the same, each with at most one row that ends.
+
+        >>> step = Step(np.ones((1, 2)), np.ones((2, 2)), (4, 7))
+        >>> [(part.sums.tolist(), part.ended) for part in step.divided()]
+        [([[1.0, 0.0]], (4,)), ([[1.0, 1.0]], (7,))]
+        """
+        width = self.sums.shape[1]
+        for place, row in enumerate(self.ended[:-1]):
+            yield Step(np.eye(width - 1, width), self.outputs[place : place + 1], (row,))
+        yield Step(self.sums, self.outputs[-1:], self.ended[-1:])
 
 
 def programme(rows: Sequence[F64]) -> list[Step]:

@@ -32,7 +32,7 @@ __all__ = ["sweep"]
 
 F64 = npt.NDArray[np.float64]
 
-_SUMS = 4  # kept at once unless more are allowed
+_SUMS, _SUMS_ON_DISK = 4, 16  # kept at once unless more are allowed
 _FREE_BYTES = 256 << 20  # as many as fit in so little, anyway
 _ENOUGH = 1 << 50  # for what only plans and reads nothing
 
@@ -93,8 +93,8 @@ def sweep(
         was. One of another sweep is refused.
     max_memory
         The most that running sums may take, in memory, or on disk for a command: at least one sum
-        (float64, one a number) is kept. The default is four sums, or 256 MiB where that is more.
-        Where it does not suffice the checkpoints are read more often.
+        (float64, one a number) is kept. The default is four sums, sixteen on disk, or 256 MiB where
+        that is more. Where it does not suffice the checkpoints are read more often.
     progress
         Show a progress bar on standard error if that is a terminal.
 
@@ -111,13 +111,14 @@ def sweep(
     Notes
     -----
     An evaluation that fails (an exception, a command's exit code, a score that is NaN) is recorded,
-    and the sweep goes on. Each checkpoint is read once (``.npz`` and ``.keras`` twice, for their
-    checksums) while the running sums suffice: one for each of most schedules, two for ``linear``.
-    The sums are float64, so that an average may differ from that of `average_checkpoints` in the
+    and the sweep goes on; so it does where a checkpoint holds what is not finite, which fails with
+    every average that holds it. Each checkpoint is read once (``.npz`` and ``.keras`` twice, for
+    their checksums) while the running sums suffice: one for each of most schedules, two for
+    ``linear``. The sums are float64, so that an average may differ from that of `average_checkpoints` in the
     last place, rarely; the `output` is made by the latter. In memory there are the sums, a
-    checkpoint, and an average for each schedule; with a command a few blocks, and the rest on disk,
-    in the folder for temporary files. The best of many on one held-out set is optimistic: confirm
-    it on another.
+    checkpoint, and an average; with a command a few blocks, and on disk, in the folder for
+    temporary files, the sums and an average for each schedule. The best of many on one
+    held-out set is optimistic: confirm it on another.
 
     Examples
     --------
@@ -273,7 +274,8 @@ def _score(
     pending = [cell for cell in cells if cell.key == cell.same and scorer.pending(cell.key)]
     singles = [n for n in range(1, count + 1) if scorer.pending(_alone(n))]
     size = max(1, 8 * elements(subjects.plan))
-    allowed = max(_FREE_BYTES, _SUMS * size) if max_memory is None else parse_size(max_memory)
+    usual = _SUMS_ON_DISK if subjects.on_disk else _SUMS
+    allowed = max(_FREE_BYTES, usual * size) if max_memory is None else parse_size(max_memory)
     groups = passes([cell.row for cell in pending], max(1, allowed // size))
     if not groups and singles:
         groups = [[]]
@@ -298,4 +300,5 @@ def _score(
                             scorer.fail(key, problem)
                         else:
                             scorer.run(key, model)
+                        del model  # before there is another
     return len(groups), most
