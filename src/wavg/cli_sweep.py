@@ -99,7 +99,10 @@ def add_soup(commands: Any) -> None:
         metavar="N",
         help="the most evaluations in all: each checkpoint alone, then the soup with each",
     )
-    add_metrics(command)
+    add_metrics(
+        command,
+        "; --maximize and --minimize mean the metric and the score alike",
+    )
     add("-o", "--output", metavar="OUTPUT", help="write the soup here")
     _add_common(command)
 
