@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",
     "evaluation": "dtypes errors",
     "journal": "evaluation errors",
-    "scoring": "checkpoint evaluation journal",
+    "scoring": "checkpoint evaluation inputs journal errors",
     "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
     "errors",
     "sweep_picture": "errors",

@@ -374,6 +374,13 @@ def test_a_terminal_shows_how_far_it_is_and_the_best_so_far(run, monkeypatch):
     assert "best 20: 2 alone" in shown
 
 
+def test_a_journal_needs_an_evaluator_with_a_name(run, tmp_path):
+    for evaluate in (lambda m: 1.0, functools.partial(len)):
+        with pytest.raises(wavg.WavgError, match="might be any; write a function with a name"):
+            wavg.sweep(run, evaluate, maximize=True, journal=tmp_path / "j")
+    assert not (tmp_path / "j").exists()
+
+
 def test_a_journal_of_other_inputs_is_refused(run, tmp_path):
     wavg.sweep(run, len, maximize=True, journal=tmp_path / "j")
     wavg.save(run[0], model(100), overwrite=True)

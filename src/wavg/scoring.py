@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any
 
 from wavg.checkpoint import Checkpoint
+from wavg.errors import WavgError
 from wavg.evaluation import Command, Function, Outcome
+from wavg.inputs import PathLike
 from wavg.journal import Journal
 
-__all__ = ["Scorer", "better", "described", "resumable"]
+__all__ = ["Scorer", "better", "described", "journal_of", "resumable"]
 
 _TELLING = ("dtype", "include", "exclude", "align", "allow_nonfinite", "opaque_dtype")
 
@@ -124,6 +126,24 @@ class Scorer:
             if self._best is not None:
                 self._bar.set_postfix_str(f"best {self._best[0]:.5g}: {self._best[1]}", False)
             self._bar.update(done)
+
+
+def journal_of(journal: PathLike | None, evaluator: Function | Command) -> str | None:
+    """Return the path of a journal, if there is one that can tell this evaluator from others.
+
+    Raises
+    ------
+    WavgError
+        The evaluator has no name of its own.
+    """
+    if journal is None:
+        return None
+    if evaluator.text == "partial" or evaluator.text.endswith("<lambda>"):
+        raise WavgError(
+            f"a journal knows an evaluator by its name, and {evaluator.text} might be any; "
+            "write a function with a name (def)"
+        )
+    return os.fspath(journal)
 
 
 @contextlib.contextmanager

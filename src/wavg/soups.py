@@ -20,7 +20,7 @@ from wavg.grid import newest
 from wavg.inputs import PathLike
 from wavg.journal import Journal
 from wavg.results import written
-from wavg.scoring import Scorer, described, resumable
+from wavg.scoring import Scorer, described, journal_of, resumable
 from wavg.selection import metrics_of
 from wavg.subjects import Subjects
 
@@ -212,6 +212,7 @@ def soup(
     maximize = direction_of(maximize)
     budget = None if budget is None else operator.index(budget)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
+    place = journal_of(journal, evaluator)
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
     paths, numbers = newest(inputs, steps, (), sort, output, last, open_)
     own: dict[int, float] = {}
@@ -235,7 +236,6 @@ def soup(
     if output is not None:
         plan_average(paths, output, steps=numbers, sort=False, max_memory=_UNBOUNDED, **options)
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
-    place = None if journal is None else os.fspath(journal)
     files = evaluator.takes_files
     with (
         resumable(place),

@@ -25,7 +25,7 @@ from wavg.plan import parse_size
 from wavg.prefix_sums import elements
 from wavg.prefixes import most_sums, passes, programme
 from wavg.results import Score, Sweep, best_of
-from wavg.scoring import Scorer, described, resumable
+from wavg.scoring import Scorer, described, journal_of, resumable
 from wavg.subjects import Subjects
 
 __all__ = ["sweep"]
@@ -90,7 +90,7 @@ def sweep(
         Replace an existing output.
     journal
         A file that remembers every score at once, so that a sweep that was stopped goes on where it
-        was. One of another sweep is refused.
+        was. One of another sweep is refused. It knows `evaluate` by its name, not by what it does.
     max_memory
         The most that running sums may take, in memory, or on disk for a command: at least one sum
         (float64, one a number) is kept. The default is four sums, sixteen on disk, or 256 MiB where
@@ -132,6 +132,7 @@ def sweep(
     """
     maximize = direction_of(maximize)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
+    place = journal_of(journal, evaluator)
     rules = Grid.of(weights, None).rules
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
     paths, numbers = newest(inputs, steps, rules, sort, output, last, open_)
@@ -150,7 +151,6 @@ def sweep(
         )
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
     cells = _cells(rules, paths, numbers, open_, plain=dtype is None)
-    place = None if journal is None else os.fspath(journal)
     files = evaluator.takes_files
     with (
         resumable(place),
