@@ -189,11 +189,10 @@ def test_with_less_memory_it_reads_more_often_and_finds_the_same(run):
     assert result.bytes_read > whole.bytes_read
     for key, found in models.items():
         for name, array in found.items():
-            np.testing.assert_allclose(
-                *(values.astype("c16") for values in (again[key][name], array)),
-                rtol=0.01,
-                atol=1e-3,
-            )
+            if name in ("float64/w", "count"):  # with 53 bits the order of the sums shows
+                np.testing.assert_allclose(again[key][name], array, rtol=1e-9, atol=1e-12)
+            else:
+                assert np.abs(units(again[key][name]) - units(array)).max() <= 1
 
 
 def test_an_evaluator_may_do_as_it_likes_with_its_arrays(run):
