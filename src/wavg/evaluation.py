@@ -201,7 +201,7 @@ class Command:
     >>> Command("echo accuracy of {}: 0.93")("model_10.h5").score
     0.93
     >>> Command("echo nothing to see in {}")("model.h5").error
-    'it printed no number'
+    'it printed no number that stands alone'
     """
 
     takes_files = True

@@ -126,8 +126,8 @@ class PrefixSums:
 
         Notes
         -----
-        A number that is not finite stays so in every sum and average that it enters, and so these
-        are known without being told apart.
+        A number that is not finite makes every sum and average that it enters not finite: so it is
+        known what holds it.
         """
         from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
 
@@ -206,10 +206,11 @@ class PrefixSums:
             sinks[row].write(spec.name, piece.start, values.view(output.numpy))
         grown = [row for row, weights in enumerate(step.sums) if _grows(weights, row)]
         others = [row for row in range(len(step.sums)) if row not in grown]
-        grown = [row for row in grown if step.sums[row, -1] != 0.0]  # the others are as they were
         for row in others:  # from the sums as they were
             _combine(step.sums[row].tolist(), lines, moved[row], product)
         for row in grown:
+            if step.sums[row, -1] == 0.0:
+                continue  # it is as it was
             np.multiply(lines[-1], step.sums[row, -1], out=product)
             np.add(lines[row], product, out=lines[row])
             self._store(row, piece.place, lines[row])
