@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "prefixes": "",
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",
     "evaluation": "dtypes errors",
-    "journal": "evaluation errors",
+    "journal": "evaluation renames errors",
     "scoring": "checkpoint evaluation inputs journal errors",
     "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
     "errors",

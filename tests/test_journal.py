@@ -57,6 +57,14 @@ def test_every_line_is_there_at_once(tmp_path):
         assert json.loads(path.read_text().splitlines()[-1])["score"] == 1
 
 
+def test_the_name_of_a_new_journal_is_on_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("wavg.journal.sync_folder", synced.append)
+    for _ in range(2):
+        outcomes(tmp_path / "j")
+    assert synced == [str(tmp_path)]
+
+
 def test_an_evaluation_under_way_when_the_process_died_is_tried_once_more(path):
     for _ in range(2):
         assert "4 alone" not in outcomes(path)

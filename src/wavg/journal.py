@@ -18,6 +18,7 @@ import numpy as np
 
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome
+from wavg.renames import sync_folder
 
 try:
     import fcntl
@@ -135,6 +136,7 @@ class Journal:
             self._read(path, entries)
         else:
             self._write({"wavg": 1, **series})
+            sync_folder(os.path.dirname(os.path.realpath(path)))  # its name is to stay, too
 
     def _read(self, path: str, entries: list[dict[str, Any]]) -> None:
         begun: collections.Counter[str] = collections.Counter()
