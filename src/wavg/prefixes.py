@@ -44,17 +44,19 @@ class Step(NamedTuple):
         """Whether the model has a weight in anything."""
         return bool(self.sums[:, -1].any() or self.outputs[:, -1].any())
 
-    def divided(self) -> Iterator[Step]:
-        """Yield steps that together do the same, each with at most one row that ends.
+    def divided(self, most: int) -> Iterator[Step]:
+        """Yield steps that together do the same, each with few rows that end.
 
-        >>> step = Step(np.ones((1, 2)), np.ones((2, 2)), (4, 7))
-        >>> [(part.sums.tolist(), part.ended) for part in step.divided()]
-        [([[1.0, 0.0]], (4,)), ([[1.0, 1.0]], (7,))]
+        >>> step = Step(np.ones((1, 2)), np.ones((3, 2)), (4, 7, 8))
+        >>> [(part.sums.tolist(), part.ended) for part in step.divided(2)]
+        [([[1.0, 0.0]], (4, 7)), ([[1.0, 1.0]], (8,))]
         """
         width = self.sums.shape[1]
-        for place, row in enumerate(self.ended[:-1]):
-            yield Step(np.eye(width - 1, width), self.outputs[place : place + 1], (row,))
-        yield Step(self.sums, self.outputs[-1:], self.ended[-1:])
+        last = max(0, len(self.ended) - 1) // most * most
+        for start in range(0, last, most):
+            part = slice(start, start + most)
+            yield Step(np.eye(width - 1, width), self.outputs[part], self.ended[part])
+        yield Step(self.sums, self.outputs[last:], self.ended[last:])
 
 
 def programme(rows: Sequence[F64]) -> list[Step]:

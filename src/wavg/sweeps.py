@@ -116,9 +116,9 @@ def sweep(
     their checksums) while the running sums suffice: one for each of most schedules, two for
     ``linear``. The sums are float64, so that an average may differ from that of
     `average_checkpoints` in the last place, rarely; the `output` is made by the latter. In memory
-    there are the sums, a checkpoint, and an average; with a command a few blocks, and on disk, in
-    the folder for temporary files, the sums and an average for each schedule. The best of many on
-    one held-out set is optimistic: confirm it on another.
+    there are the sums, a checkpoint, and up to four averages; with a command a few blocks, and on
+    disk, in the folder for temporary files, the sums and an average for each schedule. The best of
+    many on one held-out set is optimistic: confirm it on another.
 
     Examples
     --------
