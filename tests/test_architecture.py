@@ -77,23 +77,23 @@ MAY_IMPORT = {
     "streaming": "files inputs record ring schedule state structure tracks weights errors",
     "prefixes": "",
     "prefix_sums": "checkpoint plan positional prefixes rounding errors",
-    "evaluation": "errors",
-    "journal": "evaluation errors",
-    "scoring": "checkpoint evaluation journal",
+    "evaluation": "dtypes errors",
+    "journal": "evaluation renames errors",
+    "scoring": "checkpoint evaluation inputs journal errors",
     "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
     "errors",
     "sweep_picture": "errors",
-    "results": "evaluation inputs scoring sweep_picture errors",
+    "results": "evaluation inputs publish scoring sweep_picture errors",
     "sweeps": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
     "subjects prefix_sums weights errors",
-    "selection": "formats grid inputs errors",
+    "selection": "evaluation formats grid inputs errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
-    "soups": "evaluation files formats greedy grid inputs journal outputs scoring selection "
-    "subjects errors",
+    "soups": "evaluation files formats greedy grid inputs journal outputs results scoring "
+    "selection subjects errors",
     "demo": FACE,
     "picture": "errors weights",
     "cli_options": "alignment plan",
-    "cli_sweep": "cli_options cli_weights soups sweeps sweep_picture",
+    "cli_sweep": "errors publish cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture schedule weights",
     "cli_inspect": "checkpoint cli_options cli_weights errors files record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -89,6 +91,45 @@ def test_json_is_one_object(run):
     assert found["best"] == {"n": 2, "weights": "equal", "score": 0.0}
 
 
+@pytest.mark.parametrize("options", [("--csv", "x"), ("--plot", "x.png")])
+def test_files_that_exist_are_refused_before_anything_is_scored(run, tmp_path, options):
+    pytest.importorskip("matplotlib")
+    (tmp_path / options[1]).write_text("mine")
+    words = ("sweep", "m_*.npz", "--evaluate", "score_it:broken", "--minimize")
+    assert_fails(run(*words, *options), f"{options[1]} exists; ")
+    assert (tmp_path / options[1]).read_text() == "mine"
+    assert run(*SWEEP, *options, "--overwrite")[0] == 0
+    assert (tmp_path / options[1]).read_bytes() != b"mine"
+
+
+def test_a_table_that_cannot_be_written_leaves_the_scores_on_the_screen(run, tmp_path, monkeypatch):
+    spoil = "import os; os.rename('there', 'gone')"
+    (tmp_path / "score_it.py").write_text(MODULE.replace('print("evaluating")', spoil, 1))
+    (tmp_path / "there").mkdir()
+    code, out, err = run(*SWEEP, "--csv", "there/x.csv")
+    assert code == 1
+    assert "* best average" in out
+    assert "there is no folder" in err
+
+
+def test_programs_of_an_evaluator_print_elsewhere(run, tmp_path):
+    printing = "import os; os.system('echo from a program')"
+    (tmp_path / "score_it.py").write_text(MODULE.replace('print("evaluating")', printing))
+    words = [sys.executable, "-m", "wavg", *SWEEP, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["best"]["n"] == 2
+    assert "from a program" in done.stderr
+
+
+def test_the_best_is_written_with_the_options_of_the_sweep(run):
+    words = ("--dtype", "float64", "--include", "w*", "--steps", "1,2,3,4,5", "--order", "given")
+    _, out, _ = run(*SWEEP, *words)
+    assert out.splitlines()[-1].endswith(
+        "--weights equal --last 2 --steps 1.0,2.0,3.0,4.0,5.0 --order given --include 'w*' "
+        "--dtype float64"
+    )
+
+
 def test_quiet_prints_nothing(run):
     code, out, _ = run(*SWEEP, "--quiet")
     assert (code, out) == (0, "")
@@ -122,6 +163,28 @@ def test_a_stopped_sweep_says_how_to_go_on_and_does(run, tmp_path):
     assert code == 1
     assert "j is the journal of another series" in err
     assert "\n  steps: there 6.0, 7.0" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_the_end_of_its_terminal_stops_a_sweep_as_a_person_does(run, tmp_path, name):
+    signalled = f"import os, signal; os.kill(os.getpid(), signal.{name})"
+    (tmp_path / "score_it.py").write_text(MODULE.replace("raise KeyboardInterrupt", signalled))
+    words = ("sweep", "m_*.npz", "--evaluate", "score_it:stopped", "--minimize", "--journal", "j")
+    code, _, err = run(*words)
+    assert code == 130
+    assert "goes on from here" in err
+    assert json.loads((tmp_path / "j").read_text().splitlines()[-1]) == {"stopped": "5 alone"}
+
+
+def test_a_sweep_that_is_to_survive_its_terminal_does(run, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        signalled = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
+        (tmp_path / "score_it.py").write_text(MODULE.replace("raise KeyboardInterrupt", signalled))
+        code, _, _ = run("sweep", "m_*.npz", "--evaluate", "score_it:stopped", "--minimize")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 0
 
 
 def test_without_a_journal_an_interruption_says_there_is_one(run):
@@ -161,6 +224,8 @@ def test_a_wrong_usage_says_so(run, words, told):
         (("sweep", "m_*.npz", "--evaluate", "score_it:no", "--minimize"), "cannot import"),
         ((*SWEEP, "--plot", "p.txt"), "end its name with .png"),
         ((*SWEEP, "-o", "none/best.npz"), "there is no folder"),
+        ((*SWEEP, "--csv", "none/s.csv"), "there is no folder"),
+        ((*SWEEP, "--csv", "s.npz", "-o", "s.npz"), "written twice"),
         ((*SWEEP, "--timeout", "5"), "cannot be timed out"),
         ((*SOUP, "--budget", "3"), "leaves none for a soup"),
     ],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shlex
 import sys
-from pathlib import Path
+from decimal import Decimal
+from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -35,7 +39,24 @@ def test_scores_of_examples_are_kept_with_their_standard_error():
     assert outcome([0.5]).standard_error is None
 
 
-@pytest.mark.parametrize("result", [None, "0.5", [], {}, 1j])
+@pytest.mark.parametrize(
+    "result",
+    [
+        np.array(0.5, ml_dtypes.bfloat16),
+        ml_dtypes.bfloat16(0.5),
+        np.array([0, 1], ml_dtypes.bfloat16),
+        Fraction(1, 2),
+        Decimal("0.5"),
+        [Fraction(0), Decimal(1)],
+    ],
+)
+def test_numbers_of_other_kinds_are_scores(result):
+    assert outcome(result).score == 0.5
+
+
+@pytest.mark.parametrize(
+    "result", [None, "0.5", ["0.5"], [None], [], {}, 1j, np.datetime64(0, "s"), [1, "a"]]
+)
 def test_what_is_no_score_is_a_failure(result):
     assert outcome(result).score is None
     assert "expected a number, or an array" in outcome(result).error
@@ -64,6 +85,17 @@ def test_an_exception_is_a_failure_with_its_type_and_message(problem, told):
     assert (found.score, found.error) == (None, told)
 
 
+def test_an_exception_without_a_message_is_a_failure():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def evaluate(_):
+        raise Mute
+
+    assert Function(evaluate, "test")({}).error == "Mute"
+
+
 def test_an_interruption_passes_through():
     def evaluate(_):
         raise KeyboardInterrupt
@@ -80,10 +112,34 @@ def test_an_interruption_passes_through():
         ("epoch 3\\nscore=-2", -2),
         ("took 3s for model_10: .5", 0.5),
         ("7.", 7),
+        ("the score is 0.93.", 0.93),
+        ("accuracy 0.93 in 12.5s", 0.93),
+        ('{"loss":0.25,"at":"2024-11-25 12:30:05"}', 0.25),
+        ("10,0.93", 0.93),
+        ("0.93 ± 0.02 (3/10)", 0.93),
+        ("0.93 +/-0.02", 0.93),
+        ("accuracy:-1e-3", -0.001),
     ],
 )
 def test_the_last_number_printed_is_the_score(printed, score):
     assert Command(f"printf '{printed}' {{}}")("m.h5").score == score
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("took 0.93s", "no number that stands alone"),
+        ("score=0.5ms", "no number that stands alone"),
+        ("1.5e-3x", "no number that stands alone"),
+        ("x1.5e-3", "no number that stands alone"),
+        ("model-10 v1.2.3", "no number that stands alone"),
+        ("5: 1,234.5", "it printed 1,234.5: write the score without commas"),
+    ],
+)
+def test_a_number_with_a_unit_or_cut_out_of_a_word_is_no_score(printed, told):
+    found = Command(f"sh -c 'printf %s \"{printed}\"' {{}}")("m.h5")
+    assert found.score is None
+    assert told in found.error
 
 
 def test_the_path_is_given_without_a_shell(tmp_path):
@@ -112,14 +168,38 @@ def test_a_command_that_cannot_be_run_says_why():
     assert "cannot run no-such-program" in Command("no-such-program {}")("m.h5").error
 
 
+def ends(process):
+    """Whether a process, not our child, has ended or is about to."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 10)[0])
+    finally:
+        os.close(descriptor)
+
+
 def test_a_command_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     note = tmp_path / "child"
     shell = shlex.quote(f"sleep 60 & echo $! > {note}; wait")
     found = Command(f"sh -c {shell} {{}}", timeout=1.0)("m.h5")
     assert found.error == "it took more than 1 s and was killed"
     # It had time to start the child, and its group is gone: nobody is left to be killed.
-    state = Path(f"/proc/{note.read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+    assert ends(int(note.read_text()))
+
+
+def test_what_a_command_leaves_behind_delays_nothing(tmp_path):
+    """Neither a child that keeps its output open, nor one that left its group."""
+    note = tmp_path / "child"
+    behind = f"sleep 60 & echo $! > {note}; setsid sleep 5 & echo 0.5"
+    assert Command(f"sh -c {shlex.quote(behind)} {{}}", timeout=4.0)("m.h5").score == 0.5
+    assert ends(int(note.read_text()))
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_a_timeout_may_be_without_end(timeout):
+    assert Command("echo {} 1", timeout)("m").score == 1
 
 
 @pytest.mark.parametrize(
@@ -141,6 +221,30 @@ def test_a_command_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
 def test_an_evaluator_that_makes_no_sense_is_refused_at_once(arguments, told):
     with pytest.raises(wavg.WavgError, match=told):
         evaluator_of(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("def f(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_an_error(tmp_path, monkeypatch, content, told):
+    (tmp_path / "broken_in_this_test.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(wavg.WavgError, match=f"cannot import the evaluator .*{told}"):
+        evaluator_of("broken_in_this_test:f", None, None)
+
+
+@pytest.mark.parametrize("maximize", [None, "no", 1])
+def test_a_direction_that_is_neither_is_refused(tmp_path, maximize):
+    for ask in (wavg.sweep, wavg.soup):
+        with pytest.raises(TypeError, match="maximize must be True or False"):
+            ask(tmp_path, len, maximize=maximize)
+    with pytest.raises(TypeError, match="maximize must be True or False"):
+        wavg.best_checkpoints(tmp_path, {}, best=1, maximize=maximize)
 
 
 def test_a_wrong_type_is_a_type_error():

@@ -70,7 +70,7 @@ def test_the_page_scores_as_the_recorded_run_of_its_seed(page):
     assert (first["way"], first["seed"]) == ("as published", 0)
     for weights in (None, *SCHEDULES):
         line = np.array(first["right"][weights or "alone"].split(), float)[:10]
-        np.testing.assert_allclose(of(page[0]["sweep"], weights), line / 1000, atol=0.03)
+        np.testing.assert_allclose(of(page[0]["sweep"], weights), line / 1000, atol=0.005)
 
 
 @pytest.fixture(scope="module")

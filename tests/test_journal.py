@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg.evaluation import Outcome
+from wavg.evaluation import Function, Outcome
 from wavg.journal import Journal
+from wavg.scoring import Scorer
 
 SERIES = {"weights": ["equal"], "inputs": [["a", 1], ["b", 2]]}
 
@@ -56,12 +57,64 @@ def test_every_line_is_there_at_once(tmp_path):
         assert json.loads(path.read_text().splitlines()[-1])["score"] == 1
 
 
-def test_an_evaluation_under_way_when_the_process_died_is_recorded_as_killed(path):
+def test_the_name_of_a_new_journal_is_on_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("wavg.journal.sync_folder", synced.append)
+    for _ in range(2):
+        outcomes(tmp_path / "j")
+    assert synced == [str(tmp_path)]
+
+
+def test_an_evaluation_under_way_when_the_process_died_is_tried_once_more(path):
+    for _ in range(2):
+        assert "4 alone" not in outcomes(path)
+        with Journal(str(path), SERIES) as journal:
+            journal.begin("4 alone")
+    assert "killed" in outcomes(path)["4 alone"].error
+    assert len(path.read_text().splitlines()) == 1 + 6 + 3
+    assert "killed" in outcomes(path)["4 alone"].error
+
+
+def test_a_command_cannot_have_ended_the_process(path):
+    for _ in range(3):
+        with Journal(str(path), SERIES, fatal=False) as journal:
+            assert "4 alone" not in journal.outcomes
+            journal.begin("4 alone")
+
+
+def test_a_stop_after_the_end_changes_nothing(path):
     with Journal(str(path), SERIES) as journal:
         journal.begin("4 alone")
-    assert "killed" in outcomes(path)["4 alone"].error
-    assert len(path.read_text().splitlines()) == 1 + 6 + 2
-    assert "killed" in outcomes(path)["4 alone"].error
+        journal.end("4 alone", Outcome(0.5))
+        journal.stop("4 alone")
+    assert outcomes(path)["4 alone"].score == 0.5
+
+
+@pytest.mark.parametrize("moment", ["begin", "end"])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interruption_at_any_line_costs_no_score(path, monkeypatch, moment, before):
+    """It may come before the line is on disk, or after."""
+    original = getattr(Journal, moment)
+
+    def interrupted(self, *arguments):
+        if not before:
+            original(self, *arguments)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        monkeypatch.setattr(Journal, moment, interrupted)
+        with (
+            Journal(str(path), SERIES) as journal,
+            Scorer(
+                Function(lambda _: 1.0, "f"), journal, maximize=True, total=1, progress=False
+            ) as scorer,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            scorer.run("4 alone", {})
+    monkeypatch.undo()
+    found = outcomes(path).get("4 alone")
+    assert (found is None) == (before or moment == "begin")
+    assert found is None or found.score == 1
 
 
 def test_a_stopped_one_is_tried_again(path):

@@ -112,6 +112,11 @@ def test_a_budget_ends_the_trials(run):
         wavg.soup(run, distance, maximize=False, budget=5)
 
 
+def test_a_budget_is_a_whole_number(run):
+    with pytest.raises(TypeError, match="integer"):
+        wavg.soup(run, distance, maximize=False, budget=7.5)
+
+
 def test_recorded_metrics_save_the_evaluations_alone(run):
     calls = []
     result = wavg.soup(
@@ -136,8 +141,18 @@ def test_failures_keep_a_checkpoint_out(run):
     assert result.chosen == (run[4],)
     errors = {int(t.step): t.error for t in result.trials if t.error}
     assert errors == {0: "ValueError: too far", 3: "ValueError: too far"}
-    with pytest.raises(wavg.WavgError, match="there is no soup"):
-        wavg.soup(run, lambda m: 1 / 0, maximize=False)
+    for options in ({}, {"metrics": {f"m_{step}": 1.0 for step in range(5)}}):
+        with pytest.raises(wavg.WavgError, match=r"no soup: .* so: ZeroDivisionError: division by"):
+            wavg.soup(run, lambda m: 1 / 0, maximize=False, **options)
+
+
+def test_a_number_that_is_not_finite_keeps_its_checkpoint_out(run):
+    wavg.save(run[1], {**wavg.load(run[1]), "w": np.float32([np.nan])}, overwrite=True)
+    metrics = {f"m_{step}": float(step != 1) for step in range(5)}  # it has the first turn
+    for options in ({}, {"metrics": metrics}):
+        result = wavg.soup(run, distance, maximize=False, **options)
+        assert result.chosen == (run[0], run[4])
+        assert [int(t.step) for t in result.trials if "w[0] is nan" in t.error] == [1]
 
 
 @pytest.mark.parametrize("stop", range(1, 10))
@@ -181,6 +196,20 @@ def test_the_report_shows_each_decision(run, tmp_path):
     whole = json.loads(result.to_json(tmp_path / "s.json"))
     assert whole == json.loads((tmp_path / "s.json").read_text())
     assert [trial["taken"] for trial in whole["trials"]] == [True, True, False, False, False]
+
+
+def test_decisions_within_the_standard_error_are_marked(run):
+    def evaluate(tensors):
+        return distance(tensors) + np.array([0.3, -0.3, 0.1, -0.1]) * (tensors["w"][0] > 1.5)
+
+    result = wavg.soup(run, evaluate, maximize=False)
+    assert [(int(t.step), t.tie) for t in result.trials[:2]] == [(4, False), (0, True)]
+    assert result.standard_error == result.trials[1].standard_error
+    lines = str(result).splitlines()
+    assert "± " in lines[2]
+    assert lines[3].split()[-2:] == ["~", "joins"] or lines[3].split()[-3:] == ["~", "stays", "out"]
+    assert lines[7].startswith("~ within the standard error of the difference from the soup before")
+    assert json.loads(result.to_json())["trials"][1]["tie"] is True
 
 
 def test_a_command_gets_folders_after_their_newest_member(tmp_path, monkeypatch):

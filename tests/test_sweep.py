@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import wavg
 from contract import random_array
 from wavg import weights as schedules
 from wavg.dtypes import dtype_of
-from wavg.evaluation import Command
+from wavg.evaluation import Command, Outcome, is_tie
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64")
 
@@ -68,6 +69,7 @@ def seen_by(paths, **options):
     return result, {
         (score.n, score.weights): models[int(score.score) - 1]
         for score in (*result.singles, *result.averages)
+        if score.score is not None
     }
 
 
@@ -120,13 +122,13 @@ def test_every_schedule_can_be_swept(run, text):
             np.testing.assert_allclose(found[name], expected[name], rtol=2e-7, atol=1e-12)
 
 
-def test_a_checkpoint_without_a_weight_is_read_for_its_own_score_alone(run):
+def test_a_checkpoint_without_a_weight_is_in_no_average(run):
     tensors = wavg.load(run[-2])
     tensors["float32/w"][0, 0] = np.inf
     wavg.save(run[-2], tensors, overwrite=True)
     second = wavg.Schedule("2", lambda steps: (np.arange(len(steps))[::-1] % 2 == 0) * 1.0)
     result, models = seen_by(run, weights=second)
-    assert not np.isfinite(models[2, None]["float32/w"]).all()
+    assert "is inf" in result.singles[1].error
     assert all(np.isfinite(models[s.n, "2"]["float32/w"]).all() for s in result.averages if s.n > 2)
 
 
@@ -144,6 +146,21 @@ def test_each_checkpoint_is_read_once(run):
     counter = np.array(0).nbytes  # carried over from the newest
     assert result.bytes_read == len(run) * size + counter
     assert (result.passes, result.sums) == (1, 3)
+
+
+def test_models_in_memory_do_not_grow_with_the_number_of_schedules(tmp_path):
+    for step in range(4):
+        wavg.save(tmp_path / f"m_{step}.npz", {"w": np.ones(250_000, "f4")})
+    most = []
+    for count in (4, 16):
+        weights = [f"exponential:alpha={1 + n / 20}" for n in range(count)]
+        tracemalloc.start()
+        result = wavg.sweep(tmp_path, lambda m: 1.0, maximize=True, weights=weights)
+        most.append(tracemalloc.get_traced_memory()[1] / 1e6)
+        tracemalloc.stop()
+        assert result.passes == 1
+    sums = 2 * (result.sums - 1)  # of float64, more than with one
+    assert most[1] - most[0] < sums + 3  # scratch; twelve averages more would be 12
 
 
 def test_the_count_of_bytes_is_what_the_system_saw(tmp_path, monkeypatch):
@@ -172,11 +189,10 @@ def test_with_less_memory_it_reads_more_often_and_finds_the_same(run):
     assert result.bytes_read > whole.bytes_read
     for key, found in models.items():
         for name, array in found.items():
-            np.testing.assert_allclose(
-                *(values.astype("c16") for values in (again[key][name], array)),
-                rtol=0.01,
-                atol=1e-3,
-            )
+            if name in ("float64/w", "count"):  # with 53 bits the order of the sums shows
+                np.testing.assert_allclose(again[key][name], array, rtol=1e-9, atol=1e-12)
+            else:
+                assert np.abs(units(again[key][name]) - units(array)).max() <= 1
 
 
 def test_an_evaluator_may_do_as_it_likes_with_its_arrays(run):
@@ -220,7 +236,7 @@ def test_explicit_weights_are_scored_for_as_many_as_there_are(run):
     result, _ = seen_by(run, weights=["equal", [0.2, 0.3, 0.5]])
     assert [s.n for s in result.averages if s.weights == "0.2,0.3,0.5"] == [3]
     assert result.to_csv().count("0.2,0.3,0.5") == 1
-    assert [line.split()[-1] for line in str(result).splitlines()[4:6]] == ["-", "6.000"]
+    assert [line.split()[-1] for line in str(result).splitlines()[4:6]] == ["-", "5.000"]
 
 
 def test_weights_that_fit_no_number_are_refused(run):
@@ -247,13 +263,23 @@ def test_tensors_of_other_names_are_paired_by_position(tmp_path):
     assert models[3, "equal"] == {"c": 1, "cc": 2}
 
 
-def test_a_number_that_is_not_finite_is_told_with_its_place(run):
+def test_a_number_that_is_not_finite_fails_what_holds_it_and_no_more(run, in_process):
     tensors = wavg.load(run[4])
     tensors["float32/w"][3, 1] = np.nan
     wavg.save(run[4], tensors, overwrite=True)
-    with pytest.raises(wavg.NonFiniteError, match=r"m_8.*float32/w\[3, 1\] is nan") as caught:
-        wavg.sweep(run, lambda m: 1.0, maximize=True)
-    assert caught.value.index == (3, 1)
+    second = wavg.Schedule("2", lambda steps: (np.arange(len(steps))[::-1] % 2 == 0) * 1.0)
+    third = wavg.Schedule("3", lambda steps: (np.arange(len(steps))[::-1] % 3 == 0) * 1.0)
+    for options in ({}, {"max_memory": 0}, {"evaluate_command": "score {}"}):
+        evaluate = None if "evaluate_command" in options else (lambda m: 1.0)
+        result = wavg.sweep(
+            run, evaluate, maximize=True, weights=["linear", second, third], **options
+        )
+        for score in (*result.singles, *result.averages):
+            holds = (score.n == 5) if score.weights is None else score.n >= 5
+            assert ("m_8.safetensors: float32/w[3, 1] is nan" in score.error) == (
+                holds and score.weights != "3"
+            ), score
+        assert result.best.score is not None
     result = wavg.sweep(
         run, lambda m: np.isnan(m["float32/w"]).sum(), maximize=True, allow_nonfinite=True
     )
@@ -329,8 +355,9 @@ def test_an_evaluator_that_kills_the_process_is_known_in_the_next_run(run, tmp_p
     words = [sys.executable, "-c", code, str(tmp_path / "j"), *run]
     first = subprocess.run(words, capture_output=True, text=True)
     assert (first.returncode, first.stdout) == (9, "")
-    second = subprocess.run(words, capture_output=True, text=True)
-    assert second.stdout == "killed: the process ended during this evaluation 1\n"
+    assert subprocess.run(words).returncode == 9  # it might have been a power cut
+    third = subprocess.run(words, capture_output=True, text=True)
+    assert third.stdout == "killed: the process ended during this evaluation, twice 1\n"
 
 
 def test_a_terminal_shows_how_far_it_is_and_the_best_so_far(run, monkeypatch):
@@ -344,6 +371,13 @@ def test_a_terminal_shows_how_far_it_is_and_the_best_so_far(run, monkeypatch):
     shown = sys.stderr.getvalue()
     assert "3/3" in shown
     assert "best 20: 2 alone" in shown
+
+
+def test_a_journal_needs_an_evaluator_with_a_name(run, tmp_path):
+    for evaluate in (lambda m: 1.0, functools.partial(len)):
+        with pytest.raises(wavg.WavgError, match="might be any; write a function with a name"):
+            wavg.sweep(run, evaluate, maximize=True, journal=tmp_path / "j")
+    assert not (tmp_path / "j").exists()
 
 
 def test_a_journal_of_other_inputs_is_refused(run, tmp_path):
@@ -373,10 +407,10 @@ def test_of_equal_scores_the_fewest_checkpoints_are_best(run):
 
 def test_differences_within_their_standard_error_are_ties(run):
     rng = np.random.default_rng(0)
-    noise, shift = rng.normal(size=400), iter([0.5, 0, 1.0, 0.999, 0.5])
+    noise, shift = rng.normal(size=400), iter([0.5, 1.0, 0, 0.5, 0.999])
 
     def evaluate(_):
-        value = next(shift)  # of one checkpoint alone, then two, an average, and so on
+        value = next(shift)  # of the newest, then of an average, of one alone, and so on
         return value + noise + (rng.normal(size=400) * 0.1 if value == 0.999 else 0)
 
     result = wavg.sweep(run, evaluate, maximize=True, last=3)
@@ -401,6 +435,53 @@ def test_other_numbers_of_examples_are_compared_unpaired(run):
 
     result = wavg.sweep(run, evaluate, maximize=True, last=2)
     assert result.singles[0].tie
+
+
+def test_one_example_of_all_that_differs_is_a_tie_whatever_rounding_says():
+    for size in range(2, 60):
+        other = np.ones(size)
+        other[0] = 0
+        assert is_tie(
+            Outcome(float(other.mean()), examples=other), Outcome(1.0, examples=np.ones(size))
+        )
+    two = np.array([0.0, 0.0, *np.ones(98)])  # at two of them the difference is beyond it
+    assert not is_tie(Outcome(float(two.mean()), examples=two), Outcome(1.0, examples=np.ones(100)))
+
+
+def test_the_same_model_in_another_column_is_a_tie(run):
+    result = wavg.sweep(
+        run, lambda m: -m["scalar"] - np.arange(3), maximize=False, weights=["equal", "linear"]
+    )
+    assert (result.best.n, result.best.weights, result.best.tie) == (1, "equal", False)
+    assert [result.singles[0].tie, result.averages[1].tie] == [True, True]
+    assert [line.split()[2:] for line in str(result).splitlines()[3:4]] == [
+        ["-41.000~", "-41.000*", "-41.000~"]
+    ]
+
+
+def test_a_single_that_is_better_is_told_to_be_a_tie(run):
+    def evaluate(tensors):
+        return np.array([tensors["scalar"] / 1000, 0, 1, 0, 1 + (tensors["scalar"] == 20) * 0.2])
+
+    text = str(wavg.sweep(run, evaluate, maximize=True))
+    assert "  a checkpoint alone scores better, though it is a tie: 0.44" in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [
+        ((1234.51, 1234.55), ["1234.5100", "1234.5500"]),
+        ((5e-9, 4e-9), ["5.0000e-09", "4.0000e-09"]),
+        ((0.7, 0.5), ["0.70000", "0.50000"]),
+        ((0.7, 0.1 * 7), ["0.70000", "0.70000"]),
+        ((0.0, 0.0), ["0.0000", "0.0000"]),
+    ],
+)
+def test_scores_are_shown_with_the_digits_that_tell_them_apart(run, scores, shown):
+    given = iter(scores)
+    result = wavg.sweep(run[-2:], lambda m: next(given, scores[1]), maximize=True)
+    lines = str(result).splitlines()
+    assert [line.split()[2].rstrip("*") for line in lines[3:5]] == shown
 
 
 def test_without_examples_nothing_is_a_tie(run):
@@ -449,6 +530,10 @@ def test_the_picture_has_dots_a_line_a_schedule_and_the_best(run, tmp_path, coun
     assert "score (lower is better) -->" in text
     with pytest.raises(wavg.OutputError, match=r"end its name with \.png"):
         result.plot(tmp_path / "p.txt")
+    for write in (result.plot, result.to_csv, result.to_json):
+        with pytest.raises(wavg.OutputExistsError):
+            write(tmp_path / "p.svg")
+        write(tmp_path / "p.svg", overwrite=True)
 
 
 def test_a_missing_matplotlib_is_told(run, monkeypatch):
@@ -569,7 +654,7 @@ def test_a_command_gets_folders_where_the_inputs_are(tmp_path, monkeypatch, in_p
 
     monkeypatch.setattr(Command, "check", check)
     result = wavg.sweep(tmp_path / "run", evaluate_command="score {}", maximize=True)
-    assert kinds == [f"checkpoint-{step}" for step in (30, 20, 30, 10, 30)]
+    assert kinds == [f"checkpoint-{step}" for step in (30, 30, 20, 30, 10)]
     assert not any(s.error for s in result.averages)
 
 

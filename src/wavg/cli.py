@@ -86,7 +86,7 @@ def _told(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """End on SIGTERM as on Ctrl-C, so that nothing half-written stays behind."""
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that nothing half-written stays behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,11 +94,15 @@ def _terminable() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    ends = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        ends.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _version() -> str:

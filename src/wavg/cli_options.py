@@ -105,14 +105,14 @@ def add_direction(command: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def add_metrics(command: argparse.ArgumentParser) -> None:
-    """Add a table of recorded metrics."""
+def add_metrics(command: argparse.ArgumentParser, note: str = "") -> None:
+    """Add a table of recorded metrics, and a note on it."""
     add = command.add_argument
     add(
         "--metrics",
         metavar="FILE",
-        help="a .json or .csv of recorded metrics by name, step or epoch, such as Keras' CSVLogger "
-        "writes",
+        help="a .json, .jsonl or .csv of recorded metrics by name, step or epoch, such as Keras' "
+        "CSVLogger or Hugging Face's trainer_state.json" + note,
     )
     add("--metric", metavar="COLUMN", help="which metric, where FILE has several")
     add(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from wavg.cli_options import (
@@ -20,6 +23,8 @@ from wavg.cli_options import (
     size,
 )
 from wavg.cli_weights import known
+from wavg.errors import WavgError
+from wavg.publish import refuse_existing
 
 __all__ = ["add_soup", "add_sweep"]
 
@@ -70,7 +75,8 @@ def add_sweep(commands: Any) -> None:
         type=size,
         metavar="SIZE",
         help="the most that running sums take, in memory, or on disk for a command; with less the "
-        "checkpoints are read more often (default: four sums, or 256MiB if that is more)",
+        "checkpoints are read more often (default: four sums, on disk sixteen, or 256MiB if that "
+        "is more)",
     )
     _add_common(command)
 
@@ -93,7 +99,10 @@ def add_soup(commands: Any) -> None:
         metavar="N",
         help="the most evaluations in all: each checkpoint alone, then the soup with each",
     )
-    add_metrics(command)
+    add_metrics(
+        command,
+        "; --maximize and --minimize mean the metric and the score alike",
+    )
     add("-o", "--output", metavar="OUTPUT", help="write the soup here")
     _add_common(command)
 
@@ -126,7 +135,7 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     add_tensors(command)
-    command.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     add_json(command)
     command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -142,9 +151,8 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 def _sweep(options: argparse.Namespace) -> None:
     from wavg.sweeps import sweep
 
-    if options.plot:
-        _refuse_plot(options.plot)
-    with contextlib.redirect_stdout(sys.stderr):  # what an evaluator prints is no result
+    _refuse(options)
+    with _apart():
         result = sweep(
             options.inputs,
             options.evaluate,
@@ -152,8 +160,6 @@ def _sweep(options: argparse.Namespace) -> None:
             max_memory=options.max_memory,
             **_arguments(options),
         )
-    if options.csv:
-        result.to_csv(options.csv)
     if options.json:
         print(result.to_json(), end="")
     elif not options.quiet:
@@ -162,22 +168,65 @@ def _sweep(options: argparse.Namespace) -> None:
             f"{bytes_of(result.bytes_read)} read in {count_of(result.passes, 'pass')}, "
             f"with {count_of(result.sums, 'running sum')}"
         )
+    if options.csv:
+        result.to_csv(options.csv, overwrite=options.overwrite)
     best = result.best  # an error if nothing could be scored
     if options.plot:
-        result.plot(options.plot)
+        result.plot(options.plot, overwrite=options.overwrite)
     if not (options.quiet or options.json):
         for path in filter(None, (options.output, options.csv, options.plot)):
             print(f"wrote {path}")
         if not options.output:
-            spec = f"--weights {best.weights} --last {best.n}"
-            print(f"to write the best: wavg average INPUT... -o OUTPUT {spec}")
+            words = ["--weights", str(best.weights), "--last", str(best.n), *_repeated(options)]
+            print(f"to write the best: wavg average INPUT... -o OUTPUT {shlex.join(words)}")
 
 
-def _refuse_plot(path: str) -> None:
-    """Raise an error before a long work if there will be no picture."""
+def _refuse(options: argparse.Namespace) -> None:
+    """Raise an error before a long work if its results cannot be written."""
     from wavg.sweep_picture import require
 
-    require(path)
+    if options.plot:
+        require(options.plot)
+    for path in filter(None, (options.csv, options.plot)):
+        refuse_existing(path, options.overwrite)
+    named = [options.output, options.csv, options.plot, options.journal]
+    places = [os.path.realpath(path) for path in named if path]
+    for place in places:
+        if places.count(place) > 1:
+            raise WavgError(f"{place} is to be written twice; give each file its own name")
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Have all that an evaluator prints, its programs' words too, be no part of the results."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # there is no standard output, or error
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, kept, 1)
+        yield
+
+
+def _repeated(options: argparse.Namespace) -> list[str]:
+    """Return the words that say what is averaged and how, as they were given."""
+    words = []
+    if options.steps:
+        words += ["--steps", ",".join(map(repr, options.steps))]
+    if options.order != "natural":
+        words += ["--order", options.order]
+    for name in ("include", "exclude"):
+        for pattern in getattr(options, name):
+            words += [f"--{name}", pattern]
+    if options.align != "name":
+        words += ["--align", options.align]
+    if options.dtype:
+        words += ["--dtype", options.dtype]
+    if options.allow_nonfinite:
+        words.append("--allow-nonfinite")
+    if options.opaque_dtype:
+        words += ["--opaque-dtype", options.opaque_dtype]
+    return words
 
 
 def _soup(options: argparse.Namespace) -> None:
@@ -185,7 +234,7 @@ def _soup(options: argparse.Namespace) -> None:
 
     if not options.metrics and (options.metric or options.first_epoch is not None):
         options.command.error("--metric and --first-epoch are of a file that --metrics names")
-    with contextlib.redirect_stdout(sys.stderr):
+    with _apart():
         result = soup(
             options.inputs,
             options.evaluate,

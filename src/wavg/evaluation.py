@@ -8,27 +8,33 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import numbers
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from wavg.dtypes import dtype_of
 from wavg.errors import WavgError
 
-__all__ = ["Command", "Evaluate", "Function", "Outcome", "evaluator_of"]
+__all__ = ["Command", "Evaluate", "Function", "Outcome", "direction_of", "evaluator_of", "is_tie"]
 
 Tensors: TypeAlias = "dict[str, npt.NDArray[Any]]"
 Evaluate: TypeAlias = "Callable[[Tensors], Any] | str"
 
+# A number that stands alone: no part of a word, a date, a time, a fraction, nor with a unit, nor
+# what follows a plus-minus sign.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)",
-    re.IGNORECASE,
+    r"""(?<![\w.]) (?<![\w.][-+]) (?<!\d[:/]) (?<!±) (?<!±\ ) (?<!\+/) (?<!\+/-) (?<!\+/-\ )
+    [-+]? (?: (?: \d+ (?:,\d{3})* (?:\.\d*)? | \.\d+ ) (?:e[-+]?\d+)? | nan | inf(?:inity)? )
+    (?! \.?\w | ,\d{3}(?!\d) | [:/+-]\d )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -70,6 +76,41 @@ def standard_error(values: npt.NDArray[np.float64]) -> float | None:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
+def is_tie(one: Outcome, other: Outcome) -> bool:
+    """Whether two scores differ by no more than the standard error of their difference.
+
+    That of scores of the same examples is taken pair by pair. Without scores of examples nothing
+    is known, and nothing is a tie.
+
+    >>> one, other = np.array([0.0, 1.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0, 1.0])
+    >>> is_tie(Outcome(0.5, examples=one), Outcome(0.75, examples=other))
+    True
+    """
+    if one.examples is None or other.examples is None or one.score is None or other.score is None:
+        return False
+    if len(one.examples) == len(other.examples):
+        error = standard_error(one.examples - other.examples)
+    elif one.standard_error is None or other.standard_error is None:
+        return False
+    else:
+        error = math.hypot(one.standard_error, other.standard_error)
+    # One example of all differing makes both sides equal, but for rounding.
+    return error is not None and abs(one.score - other.score) <= error * (1 + 1e-9)
+
+
+def direction_of(maximize: Any) -> bool:
+    """Return whether a higher score is better; refuse what might mean either.
+
+    Raises
+    ------
+    TypeError
+        Anything but True and False.
+    """
+    if not isinstance(maximize, (bool, np.bool_)):
+        raise TypeError(f"maximize must be True or False, not {maximize!r}")
+    return bool(maximize)
+
+
 class Function:
     """An evaluator in this process; it gets an ordered dict of arrays.
 
@@ -93,23 +134,40 @@ class Function:
             score, examples = _read(self._function(subject))
             error = ""
         except (Exception, SystemExit) as problem:
-            score, examples = None, None
-            told = " ".join(str(problem).split())
-            error = f"{type(problem).__name__}: {told}" if told else type(problem).__name__
+            score, examples, error = None, None, _told(problem)
         return _checked(score, error, examples, time.perf_counter() - begun)
+
+
+def _told(problem: BaseException) -> str:
+    name = type(problem).__name__
+    try:
+        told = " ".join(str(problem).split())
+    except Exception:  # a message that cannot be made is none
+        told = ""
+    return f"{name}: {told}" if told else name
 
 
 def _read(result: Any) -> tuple[float, npt.NDArray[np.float64] | None]:
     values = np.asarray(result)
-    if values.dtype.kind not in "biuf" or not values.size:
+    if not values.size or not _numeric(values):
         raise TypeError(
             f"the evaluator returned {_short(result)}; expected a number, or an array of the "
             "scores of single examples"
         )
+    examples = values.astype(np.float64)
     if values.ndim == 0:
-        return float(values), None
-    examples = values.astype(np.float64).reshape(-1)
-    return float(examples.mean()), examples
+        return float(examples), None
+    return float(examples.mean()), examples.reshape(-1)
+
+
+def _numeric(values: npt.NDArray[Any]) -> bool:
+    """Whether there are real numbers: also of short formats, and fractions and decimals."""
+    if values.dtype.kind == "O":
+        return all(
+            isinstance(v, numbers.Number) and not isinstance(v, complex) for v in values.flat
+        )
+    entry = dtype_of(values.dtype)
+    return values.dtype.kind in "biuf" or (entry is not None and entry.kind == "float")
 
 
 def _short(value: Any) -> str:
@@ -128,7 +186,8 @@ def _checked(
 class Command:
     """An evaluator that is a command, run without a shell; ``{}`` stands for a checkpoint's path.
 
-    The last number that it prints on standard output is the score.
+    The last number that it prints on standard output is the score; one with a unit (``12.5s``) or
+    within a word, a date or a time is none. What it started is ended with it.
 
     Parameters
     ----------
@@ -142,7 +201,7 @@ class Command:
     >>> Command("echo accuracy of {}: 0.93")("model_10.h5").score
     0.93
     >>> Command("echo nothing to see in {}")("model.h5").error
-    'it printed no number'
+    'it printed no number that stands alone'
     """
 
     takes_files = True
@@ -171,40 +230,52 @@ class Command:
             output, error = "", f"cannot run {words[0]}: {problem.strerror}"
         score = None
         if not error:
-            numbers = _NUMBER.findall(output)
-            score = float(numbers[-1]) if numbers else None
-            error = "" if numbers else "it printed no number"
+            found = _NUMBER.findall(output)
+            if not found:
+                error = "it printed no number" + " that stands alone" * any(
+                    map(str.isdigit, output)
+                )
+            elif "," in found[-1]:
+                error = f"it printed {found[-1]}: write the score without commas"
+            else:
+                score = float(found[-1])
         return _checked(score, error, None, time.perf_counter() - begun)
 
     def _run(self, words: list[str]) -> tuple[str, str]:
         """Return what it printed, and why it failed if it did."""
         import signal
         import subprocess  # with the two above half of what `import wavg` would cost
+        import tempfile
 
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that all it starts can be ended with it
-        )
-        try:
-            output, told = process.communicate(timeout=self._timeout)
-        except subprocess.TimeoutExpired:
-            return "", f"it took more than {self._timeout:g} s and was killed"
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
+        # Files, not pipes: these would wait for whoever it left behind to close them.
+        with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complained:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=complained,
+                start_new_session=True,  # so that all it starts can be ended with it
+            )
+            try:
+                process.wait(self._timeout)
+            except subprocess.TimeoutExpired:
+                return "", f"it took more than {self._timeout:g} s and was killed"
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                process.wait()
+            output, told = _text(printed), _text(complained)
         lines = told.split("\n")
         last = next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
         code = process.returncode
         if code < 0:
             return output, f"it was killed by {_signal_name(-code)}{last}"
         return output, f"it ended with exit code {code}{last}" if code else ""
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _signal_name(number: int) -> str:
@@ -258,8 +329,8 @@ def _imported(text: str) -> Callable[[Tensors], Any]:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise WavgError(f"cannot import the evaluator {text!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise WavgError(f"cannot import the evaluator {text!r}: {_told(error)}") from error
     if not callable(found):
         raise WavgError(f"the evaluator {text!r} is {_short(found)}, not a function")
     function: Callable[[Tensors], Any] = found

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.errors import WavgError
-from wavg.evaluation import Outcome
+from wavg.evaluation import Outcome, is_tie
 from wavg.prefix_sums import PrefixSums
 from wavg.prefixes import Step
 from wavg.scoring import Scorer, better
@@ -22,12 +22,15 @@ F64 = npt.NDArray[np.float64]
 
 
 class Turn(NamedTuple):
-    """What came of a checkpoint's turn: the score with it, whether it was taken, why not scored."""
+    """What came of a checkpoint's turn: the outcome with it, whether it joined.
+
+    `tie` tells that the score differs from the soup's before by no more than the standard error.
+    """
 
     position: int
-    score: float | None
+    outcome: Outcome
     taken: bool
-    error: str
+    tie: bool = False
 
 
 def _key(positions: Iterable[int]) -> str:
@@ -39,8 +42,11 @@ def evaluated(subjects: Subjects, scorer: Scorer, positions: Sequence[int]) -> O
     key = _key(positions)
     if scorer.pending(key):
         with contextlib.closing(subjects.take(positions[0], alone=True)) as taken:
-            for _, model, _ in taken:
-                scorer.run(key, model)
+            for _, model, problem in taken:
+                if problem:
+                    scorer.fail(key, problem)
+                else:
+                    scorer.run(key, model)
     return scorer.outcome(key)
 
 
@@ -50,8 +56,8 @@ def greedy(
     own: Mapping[int, float],
     maximize: bool,
     budget: int | None,
-) -> tuple[list[Turn], list[int], float]:
-    """Give each checkpoint its turn, best own score first; return turns, members, soup's score.
+) -> tuple[list[Turn], list[int], Outcome]:
+    """Give each checkpoint its turn, best own score first; return turns, members, soup's outcome.
 
     Parameters
     ----------
@@ -68,14 +74,15 @@ def greedy(
     order = sorted(own, key=lambda position: (sign * own[position], -position))
     turns: list[Turn] = []
     chosen: list[int] = []
-    best = 0.0
+    best = Outcome(None)
     with subjects.sums(2) as sums:  # that of the soup, and that with the checkpoint on trial
         kept, base = 0, 0
         for position in order:
             members = sorted([*chosen, position])
             key = _key(members)
             if scorer.pending(key) and budget is not None and scorer.done >= budget:
-                turns.append(Turn(position, None, False, "not tried: the budget is spent"))
+                told = Outcome(None, "not tried: the budget is spent")
+                turns.append(Turn(position, told, False))
                 continue
             fresh = scorer.pending(key)
             if not chosen:
@@ -95,25 +102,28 @@ def greedy(
                 outcome = scorer.outcome(key)
             else:
                 outcome = scorer.outcome(key)
-            score = outcome.score
-            joins = score is not None and (not chosen or not better(best, score, maximize))
-            turns.append(Turn(position, score, joins, outcome.error))
-            if not joins or score is None:
+            joins = outcome.score is not None and (
+                best.score is None or not better(best.score, outcome.score, maximize)
+            )
+            turns.append(Turn(position, outcome, joins, is_tie(outcome, best)))
+            if not joins:
                 continue
             if chosen and fresh:
                 base = 1
             else:
                 _add(subjects, sums, position, _rows(kept, base)[1])
                 kept, base = 1, 0
-            chosen, best = members, score
-    if not chosen:
-        reason = next((error for *_, error in turns if error), "none could be scored alone")
-        raise WavgError(f"there is no soup: no checkpoint could be scored; {reason}")
+            chosen, best = members, outcome
     for position in reversed(range(len(subjects.checkpoints))):
         if position not in own:
             key = _key([position])
             error = "no recorded metric" if scorer.pending(key) else scorer.outcome(key).error
-            turns.append(Turn(position, None, False, error))
+            turns.append(Turn(position, Outcome(None, error), False))
+    if not chosen:
+        reason = next((turn.outcome.error for turn in turns), "there was none")
+        raise WavgError(
+            f"there is no soup: no checkpoint could be scored; the first failed so: {reason}"
+        )
     return turns, chosen, best
 
 

@@ -2,11 +2,12 @@
 
 The first line says what the series is; a journal of another one is refused. Each evaluation has a
 line when it begins and one with what came of it, so that one during which the process died is
-known, and not tried again.
+known. It is tried once more, for that may have been a power cut.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import numpy as np
 
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome
+from wavg.renames import sync_folder
 
 try:
     import fcntl
@@ -26,6 +28,7 @@ except ImportError:  # pragma: no cover - Windows: nobody is kept from a journal
 __all__ = ["Journal"]
 
 _HEAD = b'{"wavg"'
+_KILLED = "killed: the process ended during this evaluation, twice"
 
 
 class Journal:
@@ -37,6 +40,9 @@ class Journal:
         The file; one that exists is continued. None keeps nothing.
     series
         What the series is: plain data.
+    fatal
+        Whether an evaluation can end the process: one that twice began and did not end is then
+        recorded as killed.
 
     Raises
     ------
@@ -44,8 +50,8 @@ class Journal:
         The file is no journal, of another series, or in use.
     """
 
-    def __init__(self, path: str | None, series: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: str | None, series: Mapping[str, Any], *, fatal: bool = True) -> None:
+        self.path, self._fatal = path, fatal
         self.outcomes: dict[str, Outcome] = {}
         self._descriptor = -1
         if path is None:
@@ -86,7 +92,7 @@ class Journal:
         self._write({**line, "seconds": round(outcome.seconds, 6)})
 
     def stop(self, key: str) -> None:
-        """Note that an evaluation was stopped by a person, and is to be tried again."""
+        """Note that an evaluation was stopped and is to be tried again, unless its end is noted."""
         self._write({"stopped": key})
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -130,20 +136,25 @@ class Journal:
             self._read(path, entries)
         else:
             self._write({"wavg": 1, **series})
+            sync_folder(os.path.dirname(os.path.realpath(path)))  # its name is to stay, too
 
     def _read(self, path: str, entries: list[dict[str, Any]]) -> None:
-        begun: str | None = None
+        begun: collections.Counter[str] = collections.Counter()
         line = 1
         try:
             for entry in entries[1:]:
                 line += 1
-                begun = entry.get("begun")
-                if begun is None and "stopped" not in entry:
+                if "begun" in entry:
+                    begun[entry["begun"]] += 1
+                elif "stopped" in entry:
+                    begun[entry["stopped"]] -= 1
+                else:
                     self.outcomes[entry["done"]] = _outcome(entry)
         except (TypeError, KeyError, ValueError):
             raise _no_journal(path, line) from None
-        if begun is not None:
-            self.end(begun, Outcome(None, "killed: the process ended during this evaluation"))
+        for key, times in begun.items():
+            if self._fatal and times > 1 and key not in self.outcomes:
+                self.end(key, Outcome(None, _KILLED))
 
     def _close(self) -> None:
         if self._descriptor >= 0:

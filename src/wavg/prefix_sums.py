@@ -40,6 +40,14 @@ class _Piece(NamedTuple):
     place: int
 
 
+class _Problems(NamedTuple):
+    """A number of the model that is not finite; rows that are not finite, or not in their dtype."""
+
+    found: NonFiniteError | None
+    spoilt: list[int]
+    overflown: list[int]
+
+
 def elements(plan: Plan) -> int:
     """Return the numbers of a model that are averaged; a complex one is two."""
     return sum(_size(decision) for decision in plan.averaged)
@@ -60,6 +68,7 @@ class PrefixSums:
 
     def __init__(self, plan: Plan, most: int, *, on_disk: bool) -> None:
         self._plan, self._kept = plan, 0
+        self._found: NonFiniteError | None = None  # the last number that is not finite
         self._length = elements(plan)
         self._file: IO[bytes] | None = None
         if on_disk and most:
@@ -95,7 +104,7 @@ class PrefixSums:
         sinks: Mapping[int, Sink],
         read: Callable[[Decision, int, Array], None],
         located: Callable[[Decision, tuple[int, ...], Any], NonFiniteError] | None,
-    ) -> dict[int, str]:
+    ) -> dict[int | None, str]:
         """Take in the next model and write the averages that end with it.
 
         Parameters
@@ -111,29 +120,46 @@ class PrefixSums:
 
         Returns
         -------
-        overflown
-            For rows that do not fit their dtype, the name of the first such tensor.
+        problems
+            For rows that hold a number that is not finite, or do not fit their dtype, what is
+            wrong; under None, of the model.
+
+        Notes
+        -----
+        A number that is not finite makes every sum and average that it enters not finite: so it is
+        known what holds it.
         """
         from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
 
-        def work(piece: _Piece) -> list[int]:
+        def work(piece: _Piece) -> _Problems:
             scratch = self._idle.get()
             try:
-                return self._piece(piece, scratch, step, totals, sinks, read, located)
+                with np.errstate(over="ignore", invalid="ignore"):  # told otherwise
+                    return self._piece(piece, scratch, step, totals, sinks, read, located)
             finally:
                 self._idle.put(scratch)
 
+        found: NonFiniteError | None = None
         overflown: dict[int, str] = {}
+        spoilt: set[int] = set()
         pieces = list(self._pieces())
         pool = ThreadPoolExecutor(self._plan.workers, thread_name_prefix="wavg-sums")
         try:
-            for piece, rows in zip(pieces, pool.map(work, pieces), strict=True):
-                for row in rows:
+            for piece, problems in zip(pieces, pool.map(work, pieces), strict=True):
+                found = found or problems.found
+                spoilt.update(problems.spoilt)
+                for row in problems.overflown:
                     overflown.setdefault(row, piece.decision.spec.name)
         finally:
             pool.shutdown(cancel_futures=True)
         self._kept = len(step.sums)
-        return overflown
+        self._found = found or self._found
+        told: dict[int | None, str] = {
+            row: f"the average of {name} does not fit its dtype" for row, name in overflown.items()
+        }
+        if self._found is not None:
+            told.update(dict.fromkeys(spoilt, f"it holds what is not finite: {self._found}"))
+        return {**told, None: str(found)} if found else told
 
     def _pieces(self) -> Iterator[_Piece]:
         offset = 0
@@ -154,40 +180,57 @@ class PrefixSums:
         sinks: Mapping[int, Sink],
         read: Callable[[Decision, int, Array], None],
         located: Callable[[Decision, tuple[int, ...], Any], NonFiniteError] | None,
-    ) -> list[int]:
-        """Do a piece of a step; return the rows that do not fit their dtype."""
+    ) -> _Problems:
+        """Do a piece of a step."""
         spec, output = piece.decision.spec, piece.decision.output.entry
         columns = piece.size * _parts(spec)
         block, moved, (result, product) = (part[:, :columns] for part in scratch)
         lines = [*self._lines(piece.place, block), block[-1]]
+        found, spoilt, overflown = None, list[int](), list[int]()
         if step.takes:
             raw = np.empty(piece.size, spec.entry.numpy)
             read(piece.decision, piece.start, raw)
             lines[-1][...] = raw.view(spec.entry.component.numpy)
             if located is not None and not np.isfinite(lines[-1]).all():
-                raise _first(piece, raw, located)
+                found = _first(piece, raw, located)
         else:
             lines[-1][...] = 0.0  # it has no weight, and is not read
-        overflown = []
         for weights, row in zip(step.outputs.tolist(), step.ended, strict=True):
             _combine(weights, lines, result, product)
             result /= totals[row]
-            with np.errstate(over="ignore"):
-                values = round_to(result, output.component)
+            values = round_to(result, output.component)
             if located is not None and not np.isfinite(values).all():
                 overflown.append(row)
+                if not np.isfinite(result).all():
+                    spoilt.append(row)
             sinks[row].write(spec.name, piece.start, values.view(output.numpy))
         grown = [row for row, weights in enumerate(step.sums) if _grows(weights, row)]
         others = [row for row in range(len(step.sums)) if row not in grown]
         for row in others:  # from the sums as they were
             _combine(step.sums[row].tolist(), lines, moved[row], product)
         for row in grown:
+            if step.sums[row, -1] == 0.0:
+                continue  # it is as it was
             np.multiply(lines[-1], step.sums[row, -1], out=product)
             np.add(lines[row], product, out=lines[row])
             self._store(row, piece.place, lines[row])
         for row in others:
             self._store(row, piece.place, moved[row])
-        return overflown
+        return _Problems(found, spoilt, overflown)
+
+    def check(
+        self,
+        read: Callable[[Decision, int, Array], None],
+        located: Callable[[Decision, tuple[int, ...], Any], NonFiniteError],
+    ) -> str:
+        """Return what is not finite in a model; else nothing."""
+        for piece in self._pieces():
+            raw = np.empty(piece.size, piece.decision.spec.entry.numpy)
+            read(piece.decision, piece.start, raw)
+            values = raw.view(piece.decision.spec.entry.component.numpy)
+            if not np.isfinite(values).all():
+                return str(_first(piece, raw, located))
+        return ""
 
     def _lines(self, place: int, block: F64) -> list[F64]:
         """Return the sums kept, a part of each: themselves, or read into a block."""

@@ -8,7 +8,7 @@ follow from these: so only these are kept. It knows numbers only, no tensors and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,20 @@ class Step(NamedTuple):
     def takes(self) -> bool:
         """Whether the model has a weight in anything."""
         return bool(self.sums[:, -1].any() or self.outputs[:, -1].any())
+
+    def divided(self, most: int) -> Iterator[Step]:
+        """Yield steps that together do the same, each with few rows that end.
+
+        >>> step = Step(np.ones((1, 2)), np.ones((3, 2)), (4, 7, 8))
+        >>> [(part.sums.tolist(), part.ended) for part in step.divided(2)]
+        [([[1.0, 0.0]], (4, 7)), ([[1.0, 1.0]], (8,))]
+        """
+        width = self.sums.shape[1]
+        last = max(0, len(self.ended) - 1) // most * most
+        for start in range(0, last, most):
+            part = slice(start, start + most)
+            yield Step(np.eye(width - 1, width), self.outputs[part], self.ended[part])
+        yield Step(self.sums, self.outputs[last:], self.ended[last:])
 
 
 def programme(rows: Sequence[F64]) -> list[Step]:

@@ -37,6 +37,7 @@ __all__ = [
     "failures",
     "refuse_existing",
     "refuse_full",
+    "write_file",
 ]
 
 _COPY_BYTES = 1 << 20
@@ -309,6 +310,19 @@ class AtomicFile(NewFile):
                 remove_stray(self._kept)
         finally:
             super()._discard()
+
+
+def write_file(path: str, data: bytes, *, overwrite: bool) -> None:
+    """Have a small file appear whole.
+
+    Raises
+    ------
+    OutputExistsError
+        There is one, and it was not to be replaced.
+    """
+    with AtomicFile(path, overwrite=overwrite) as file:
+        file.write(data, 0)
+        file.commit()
 
 
 def confirm(made: Atomic) -> None:

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.errors import WavgError
-from wavg.evaluation import Outcome, standard_error
+from wavg.evaluation import Outcome, is_tie
 from wavg.inputs import PathLike
+from wavg.publish import write_file
 from wavg.scoring import better
 from wavg.sweep_picture import Points, draw
 
-__all__ = ["Score", "Sweep", "best_of", "is_tie"]
+__all__ = ["Score", "Sweep", "best_of", "written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,41 +59,28 @@ class Score:
 
     @classmethod
     def of(cls, n: int, weights: str | None, outcome: Outcome, best: Outcome | None) -> Score:
-        """Describe an outcome beside the best one."""
+        """Describe an outcome beside the best one; None for the best itself."""
         return cls(
             n,
             weights,
             outcome.score,
             outcome.error,
             outcome.standard_error,
-            best is not None and outcome is not best and is_tie(outcome, best),
+            best is not None and is_tie(outcome, best),
             outcome.seconds,
             outcome.examples,
         )
 
     def __str__(self) -> str:
+        return self.told(5)
+
+    def told(self, digits: int) -> str:
+        """Return a line that says what it is, its score with so many digits."""
         what = f"the newest {self.n}, {self.weights}" if self.weights else f"{_nth(self.n)} alone"
         if self.score is None:
             return f"{what}: failed, {self.error}"
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
-        return f"{self.score:.5g}{error}, {what}"
-
-
-def is_tie(one: Outcome, other: Outcome) -> bool:
-    """Whether two scores differ by no more than the standard error of their difference.
-
-    That of scores of the same examples is taken pair by pair. Without scores of examples nothing
-    is known, and nothing is a tie.
-    """
-    if one.examples is None or other.examples is None or one.score is None or other.score is None:
-        return False
-    if len(one.examples) == len(other.examples):
-        error = standard_error(one.examples - other.examples)
-    elif one.standard_error is None or other.standard_error is None:
-        return False
-    else:
-        error = math.hypot(one.standard_error, other.standard_error)
-    return error is not None and abs(one.score - other.score) <= error
+        return f"{self.score:.{digits}g}{error}, {what}"
 
 
 def best_of(outcomes: Sequence[Outcome], maximize: bool) -> int | None:
@@ -175,17 +163,23 @@ class Sweep:
     def __str__(self) -> str:
         return "\n".join(_table(self))
 
-    def to_csv(self, path: PathLike | None = None) -> str:
-        """Return the scores as CSV, one evaluated model a line; also written to `path` if given."""
+    def to_csv(self, path: PathLike | None = None, *, overwrite: bool = False) -> str:
+        """Return the scores as CSV, one evaluated model a line; also written to `path` if given.
+
+        A file that exists is replaced only with `overwrite`.
+        """
         text = io.StringIO()
         rows = _records(self)
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        return _written(text.getvalue(), path)
+        return written(text.getvalue(), path, overwrite=overwrite)
 
-    def to_json(self, path: PathLike | None = None) -> str:
-        """Return all there is as one JSON object; also written to `path` if given."""
+    def to_json(self, path: PathLike | None = None, *, overwrite: bool = False) -> str:
+        """Return all there is as one JSON object; also written to `path` if given.
+
+        A file that exists is replaced only with `overwrite`.
+        """
         try:
             best = {"n": self.best.n, "weights": self.best.weights, "score": self.best.score}
         except WavgError:
@@ -203,18 +197,22 @@ class Sweep:
             "sums": self.sums,
             "scores": _records(self),
         }
-        return _written(json.dumps(whole, indent=2) + "\n", path)
+        return written(json.dumps(whole, indent=2) + "\n", path, overwrite=overwrite)
 
-    def plot(self, path: PathLike) -> None:
+    def plot(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Draw single scores as dots, averages as a line a schedule, and mark the best.
 
         Parameters
         ----------
         path
             The picture to write: its ending (``.png``, ``.svg``, ``.pdf``) tells the format.
+        overwrite
+            Replace a file that exists.
 
         Raises
         ------
+        OutputExistsError
+            There is a file, and it was not to be replaced.
         MissingDependencyError
             Matplotlib is not installed.
         """
@@ -224,7 +222,9 @@ class Sweep:
             for name in self.schedules
         }
         marked = best.n, _or_nan(best.score), best.standard_error
-        draw(os.fspath(path), _points(self.singles), lines, marked, maximize=self.maximize)
+        name = os.fspath(path)
+        picture = draw(name, _points(self.singles), lines, marked, maximize=self.maximize)
+        write_file(name, picture, overwrite=overwrite)
 
 
 def _points(scores: Sequence[Score]) -> Points:
@@ -235,10 +235,10 @@ def _or_nan(score: float | None) -> float:
     return math.nan if score is None else score
 
 
-def _written(text: str, path: PathLike | None) -> str:
+def written(text: str, path: PathLike | None, *, overwrite: bool) -> str:
+    """Return a text, written to `path` if there is one."""
     if path is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        write_file(os.fspath(path), text.encode(), overwrite=overwrite)
     return text
 
 
@@ -269,8 +269,15 @@ def _table(sweep: Sweep) -> Iterator[str]:
     cells = {(score.n, score.weights or "alone"): score for score in scores}
     best = best_of([Outcome(score.score) for score in sweep.averages], sweep.maximize)
     chosen = None if best is None else sweep.averages[best]
-    widths = [max(len(name), 9) + 1 for name in names]
-    decimals = _decimals([score.score for score in scores if score.score is not None])
+    values = [score.score for score in scores if score.score is not None]
+    digits, form = _form(values)
+    texts = {key: _cell(score, form, score is chosen) for key, score in cells.items()}
+    widths = [
+        max(
+            10, *(len(text) for (_, column), text in texts.items() if column == name), len(name) + 1
+        )
+        for name in names
+    ]
     direction = "higher" if sweep.maximize else "lower"
     yield f"score by {sweep.evaluate}, {direction} is better:"
     yield "of the n-th newest checkpoint alone, and of the average of the newest n by each schedule"
@@ -280,8 +287,7 @@ def _table(sweep: Sweep) -> Iterator[str]:
     for n in range(1, len(sweep.singles) + 1):
         line = f"{n:>4}  {sweep.steps[-n]:>8g}"
         for name, width in zip(names, widths, strict=True):
-            score = cells.get((n, name))
-            line += f"  {_cell(score, decimals, score is chosen):>{width}}"
+            line += f"  {texts.get((n, name), '- '):>{width}}"
         yield line.rstrip()
     if any(score.tie for score in scores):
         yield "~ within the standard error of the difference from the best: a tie with it"
@@ -293,27 +299,40 @@ def _table(sweep: Sweep) -> Iterator[str]:
     if chosen is None:
         yield "* no average could be scored"
         return
-    yield f"* best average: {chosen}"
+    yield f"* best average: {chosen.told(digits)}"
     alone = best_of([Outcome(score.score) for score in (chosen, *sweep.singles)], sweep.maximize)
     if alone:
-        yield f"  a checkpoint alone scores better: {sweep.singles[alone - 1]}"
+        single = sweep.singles[alone - 1]
+        tie = ", though it is a tie" * single.tie
+        yield f"  a checkpoint alone scores better{tie}: {single.told(digits)}"
 
 
 _MOST_FAILURES = 10
 
 
-def _decimals(values: Sequence[float]) -> int:
-    """Return after how many decimals scores are cut, so that the largest has five digits."""
-    largest = max(map(abs, values), default=1.0)
-    return min(12, max(0, 4 - math.floor(math.log10(largest)))) if largest else 1
+def _form(values: Sequence[float]) -> tuple[int, str]:
+    """Return how many digits the largest of some scores has, and their format.
+
+    There are five, or as many as show three of the difference of the most from the least.
+
+    >>> [format(1234.5, _form([1234.51, 1234.55])[1]), format(5e-9, _form([5e-9])[1])]
+    ['1234.5000', '5.0000e-09']
+    """
+    largest = max(map(abs, values), default=1.0) or 1.0
+    place = math.floor(math.log10(largest))
+    spread = max(values, default=0.0) - min(values, default=0.0)
+    if not 1e-12 * largest < spread < math.inf:  # but rounding errors
+        spread = largest
+    digits = min(15, max(5, place - math.floor(math.log10(spread)) + 3))
+    if -5 < place < 15:
+        return digits, f".{max(0, digits - 1 - place)}f"
+    return digits, f".{digits - 1}e"
 
 
-def _cell(score: Score | None, decimals: int, best: bool) -> str:
-    if score is None:
-        return "- "
+def _cell(score: Score, form: str, best: bool) -> str:
     if score.score is None:
         return "failed!"
-    return f"{score.score:.{decimals}f}" + ("*" if best else "~" if score.tie else " ")
+    return f"{score.score:{form}}" + ("*" if best else "~" if score.tie else " ")
 
 
 def _nth(n: int) -> str:

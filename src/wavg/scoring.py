@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any
 
 from wavg.checkpoint import Checkpoint
+from wavg.errors import WavgError
 from wavg.evaluation import Command, Function, Outcome
+from wavg.inputs import PathLike
 from wavg.journal import Journal
 
-__all__ = ["Scorer", "better", "described", "resumable"]
+__all__ = ["Scorer", "better", "described", "journal_of", "resumable"]
 
 _TELLING = ("dtype", "include", "exclude", "align", "allow_nonfinite", "opaque_dtype")
 
@@ -91,21 +93,24 @@ class Scorer:
 
     def run(self, key: str, subject: Any) -> Outcome:
         """Evaluate a model's tensors, or a path, whichever the evaluator takes."""
-        self._journal.begin(key)
         try:
+            self._journal.begin(key)
             outcome = self._evaluator(subject)
-        except KeyboardInterrupt:
-            self._journal.stop(key)
+            self._journal.end(key, outcome)
+        except BaseException:  # this process lives: the evaluation has not ended it
+            with contextlib.suppress(OSError):
+                self._journal.stop(key)
             raise
-        self._end(key, outcome)
+        self._seen(key, outcome)
         return outcome
 
     def fail(self, key: str, reason: str) -> None:
         """Record that there is nothing to evaluate."""
-        self._end(key, Outcome(None, reason))
-
-    def _end(self, key: str, outcome: Outcome) -> None:
+        outcome = Outcome(None, reason)
         self._journal.end(key, outcome)
+        self._seen(key, outcome)
+
+    def _seen(self, key: str, outcome: Outcome) -> None:
         self._compare(key, outcome)
         self._show(1)
 
@@ -121,6 +126,24 @@ class Scorer:
             if self._best is not None:
                 self._bar.set_postfix_str(f"best {self._best[0]:.5g}: {self._best[1]}", False)
             self._bar.update(done)
+
+
+def journal_of(journal: PathLike | None, evaluator: Function | Command) -> str | None:
+    """Return the path of a journal, if there is one that can tell this evaluator from others.
+
+    Raises
+    ------
+    WavgError
+        The evaluator has no name of its own.
+    """
+    if journal is None:
+        return None
+    if evaluator.text == "partial" or evaluator.text.endswith("<lambda>"):
+        raise WavgError(
+            f"a journal knows an evaluator by its name, and {evaluator.text} might be any; "
+            "write a function with a name (def)"
+        )
+    return os.fspath(journal)
 
 
 @contextlib.contextmanager

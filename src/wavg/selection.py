@@ -7,6 +7,7 @@ step; what cannot be told apart is asked, not guessed.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wavg.errors import WavgError
+from wavg.evaluation import direction_of
 from wavg.formats import ending_of, open_file
 from wavg.grid import newest
 from wavg.inputs import PathLike
@@ -43,9 +45,10 @@ def best_checkpoints(
         Checkpoints, as for `average_checkpoints`.
     metrics
         A ``.json`` file: ``{name: number}``, or a list of objects with the metric and a ``name``,
-        ``path``, ``step`` or ``epoch``. A ``.csv`` file with such columns, as Keras' ``CSVLogger``
-        writes it. Or a dict from names to numbers. Of several rows for one checkpoint the last that
-        has a number counts.
+        ``path``, ``step`` or ``epoch``, also as a ``log_history`` (Hugging Face's
+        ``trainer_state.json``) or a line each (``.jsonl``). A ``.csv`` or ``.tsv`` file with such
+        columns, as Keras' ``CSVLogger`` writes it. Or a dict from names to numbers. Of several rows
+        for one checkpoint the last that has a number counts.
     best
         How many to choose; of equal ones the newer.
     maximize
@@ -83,6 +86,7 @@ def best_checkpoints(
     >>> [os.path.basename(path) for path in paths]
     ['model_2.npz', 'model_3.npz']
     """
+    maximize = direction_of(maximize)
     paths, numbers = newest(inputs, steps, (), sort, None, None, open_file)
     found = metrics_of(paths, numbers, metrics, metric, first_epoch)
     if not 1 <= best <= len(found):
@@ -107,7 +111,7 @@ def metrics_of(
         source, rows = "the metrics", _of_names(metrics)
     else:
         source = os.fspath(metrics)
-        rows = _rows(source)
+        rows = [{_label(key): v for key, v in row.items()} for row in _rows(source)]
     column = _column(source, rows, metric)
     valued = [(row, value) for row in rows if (value := _number(row.get(column))) is not None]
     for label in (*_NAMES, *_COUNTS):
@@ -118,7 +122,13 @@ def metrics_of(
             found = _by_name(paths, labelled)
         else:
             counted = {n: v for text, v in labelled if (n := _number(text)) is not None}
-            found = _by_count(source, steps, counted, first_epoch if label == "epoch" else 0)
+            counts = {n for row in rows if (n := _number(row.get(label))) is not None}
+            first = _first(source, steps, counts, first_epoch) if label == "epoch" else 0
+            found = {
+                position: counted[step - first]
+                for position, step in enumerate(steps)
+                if step - first in counted
+            }
         if found:
             return found
     raise WavgError(
@@ -132,17 +142,39 @@ def _of_names(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, "metric": value} for name, value in metrics.items()]
 
 
+def _label(key: Any) -> str:
+    """Return a column's name; those that rows are found by are known however they are written."""
+    name = str(key).strip()
+    folded = name.casefold()
+    return folded if folded in (*_NAMES, *_COUNTS) else name
+
+
 def _rows(path: str) -> list[dict[str, Any]]:
     """Read a table."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.lower().endswith(".csv"):
-            return [{str(k).strip(): v for k, v in row.items()} for row in csv.DictReader(file)]
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise WavgError(
-                f"{path} is no JSON: {error}; a CSV file's name ends with .csv", path=path
-            ) from None
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise WavgError(f"{path} is not UTF-8: {error.reason}; save it so", path=path) from None
+    lines = text.splitlines()
+    ending = os.path.splitext(path)[1].lower()
+    if ending in (".csv", ".tsv"):
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    try:
+        content = (
+            [json.loads(line) for line in lines if line.strip()]
+            if ending == ".jsonl"
+            else json.loads(text)
+        )
+    except ValueError as error:
+        raise WavgError(
+            f"{path} is no JSON: {error}; a CSV file's name ends with .csv, one of JSON lines "
+            "with .jsonl",
+            path=path,
+        ) from None
+    if isinstance(content, dict) and isinstance(content.get("log_history"), list):
+        content = content["log_history"]
     if isinstance(content, dict) and content:
         if all(isinstance(value, dict) for value in content.values()):
             return [{"name": name, **value} for name, value in content.items()]
@@ -210,23 +242,17 @@ def _by_name(paths: Sequence[str], labelled: Iterable[tuple[Any, float]]) -> dic
     return found
 
 
-def _by_count(
-    source: str, steps: Sequence[float], counted: Mapping[float, float], first: int | None
-) -> dict[int, float]:
-    """Match steps; a table that counts from 0 may be of names that count from 1."""
-    if first is None:
-        first = 0
-        if 0.0 in counted:
-            fitting = [shift for shift in (0, 1) if all(step - shift in counted for step in steps)]
-            if len(fitting) != 1:
-                raise WavgError(
-                    f"{source} counts epochs from 0, and the checkpoints' names "
-                    f"({steps[0]:g} … {steps[-1]:g}) might count from 0 or from 1: say which is "
-                    "the first epoch's number in them (first_epoch, --first-epoch)"
-                )
-            first = fitting[0]
-    return {
-        position: counted[step - first]
-        for position, step in enumerate(steps)
-        if step - first in counted
-    }
+def _first(source: str, steps: Sequence[float], counts: set[float], given: int | None) -> int:
+    """Return what checkpoints' names call the first epoch of a table, if that counts from 0."""
+    if 0.0 not in counts:
+        return 0
+    if given is not None:
+        return given
+    fitting = [shift for shift in (0, 1) if all(step - shift in counts for step in steps)]
+    if len(fitting) != 1:
+        raise WavgError(
+            f"{source} counts epochs from 0, and the checkpoints' names "
+            f"({steps[0]:g} … {steps[-1]:g}) might count from 0 or from 1: say which is "
+            "the first epoch's number in them (first_epoch, --first-epoch)"
+        )
+    return fitting[0]

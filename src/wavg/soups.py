@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from typing import Any
 
 from wavg import outputs
 from wavg.errors import WavgError
-from wavg.evaluation import Evaluate, evaluator_of
+from wavg.evaluation import Evaluate, direction_of, evaluator_of
 from wavg.files import average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.greedy import evaluated, greedy
 from wavg.grid import newest
 from wavg.inputs import PathLike
 from wavg.journal import Journal
-from wavg.scoring import Scorer, described, resumable
+from wavg.results import written
+from wavg.scoring import Scorer, described, journal_of, resumable
 from wavg.selection import metrics_of
 from wavg.subjects import Subjects
 
@@ -43,6 +45,11 @@ class Trial:
         Whether it joined.
     error
         Why there is no score; else empty.
+    standard_error
+        Of the score, where the evaluator tells scores of single examples; else None.
+    tie
+        Whether the score differs from the soup's before by no more than the standard error of the
+        difference, so that chance may have decided.
     """
 
     path: str
@@ -51,6 +58,8 @@ class Trial:
     score: float | None
     taken: bool
     error: str = ""
+    standard_error: float | None = None
+    tie: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,7 +71,7 @@ class Soup:
     chosen
         The paths of its checkpoints, oldest first; their equal average is the soup.
     score
-        The soup's.
+        The soup's, on the data that it was chosen by.
     trials
         A decision for each checkpoint, in their order: best own score first.
     evaluate
@@ -73,6 +82,8 @@ class Soup:
         How many there were, those of the journal included.
     bytes_read
         From the checkpoints, in this run.
+    standard_error
+        Of the score, where the evaluator tells scores of single examples; else None.
     """
 
     chosen: tuple[str, ...]
@@ -82,6 +93,7 @@ class Soup:
     maximize: bool
     evaluations: int
     bytes_read: int
+    standard_error: float | None = None
 
     def __repr__(self) -> str:
         return f"<Soup: {len(self.chosen)} of {len(self.trials)} checkpoints, {self.score:.5g}>"
@@ -89,24 +101,24 @@ class Soup:
     def __str__(self) -> str:
         return "\n".join(_table(self))
 
-    def to_json(self, path: PathLike | None = None) -> str:
-        """Return all there is as one JSON object; also written to `path` if given."""
+    def to_json(self, path: PathLike | None = None, *, overwrite: bool = False) -> str:
+        """Return all there is as one JSON object; also written to `path` if given.
+
+        A file that exists is replaced only with `overwrite`.
+        """
         whole = {
             "evaluate": self.evaluate,
             "maximize": self.maximize,
             "chosen": list(self.chosen),
             "score": self.score,
+            "standard_error": self.standard_error,
             "evaluations": self.evaluations,
             "bytes_read": self.bytes_read,
             "trials": [
                 {name: getattr(trial, name) for name in Trial.__slots__} for trial in self.trials
             ],
         }
-        text = json.dumps(whole, indent=2) + "\n"
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        return text
+        return written(json.dumps(whole, indent=2) + "\n", path, overwrite=overwrite)
 
 
 def soup(
@@ -144,7 +156,8 @@ def soup(
     evaluate, evaluate_command, timeout
         As for `sweep`.
     maximize
-        Whether a higher score is better.
+        Whether a higher score is better, and so a higher metric: for an accuracy beside a table of
+        losses, give the losses negated.
     budget
         The most evaluations in all: each checkpoint alone, unless `metrics` are given, then the
         trials. Checkpoints whose turn does not come stay out.
@@ -176,10 +189,11 @@ def soup(
 
     Notes
     -----
-    A checkpoint joins where the score with it is better or the same: of two that are alike, both
-    are in. Equal own scores go newest first. An evaluation that fails keeps its checkpoint out. The
-    average under way is a running sum, float64: each checkpoint is read once to be scored alone and
-    once at its turn, whatever the soup's size.
+    The soup is chosen by the score that it is given, which is therefore optimistic: confirm it on
+    other data. A checkpoint joins where the score with it is better or the same: of two that are
+    alike, both are in. Equal own scores go newest first. An evaluation that fails keeps its
+    checkpoint out. The average under way is a running sum, float64: each checkpoint is read once to
+    be scored alone and once at its turn, whatever the soup's size.
 
     References
     ----------
@@ -195,7 +209,10 @@ def soup(
     >>> [(trial.step, trial.taken) for trial in result.trials]
     [(3.0, True), (0.0, True), (1.0, False), (2.0, False)]
     """
+    maximize = direction_of(maximize)
+    budget = None if budget is None else operator.index(budget)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
+    place = journal_of(journal, evaluator)
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
     paths, numbers = newest(inputs, steps, (), sort, output, last, open_)
     own: dict[int, float] = {}
@@ -219,7 +236,6 @@ def soup(
     if output is not None:
         plan_average(paths, output, steps=numbers, sort=False, max_memory=_UNBOUNDED, **options)
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
-    place = None if journal is None else os.fspath(journal)
     files = evaluator.takes_files
     with (
         resumable(place),
@@ -231,6 +247,7 @@ def soup(
                 "metrics": sorted(own.items()),
                 **described(evaluator, maximize, numbers, subjects.checkpoints, options),
             },
+            fatal=not files,
         ) as record,
         Scorer(
             evaluator,
@@ -245,19 +262,29 @@ def soup(
                 outcome = evaluated(subjects, scorer, [position])
                 if outcome.score is not None:
                     own[position] = outcome.score
-        turns, chosen, score = greedy(subjects, scorer, own, maximize, budget)
+        turns, chosen, outcome = greedy(subjects, scorer, own, maximize, budget)
+    assert outcome.score is not None  # else there was an error
     result = Soup(
         tuple(paths[position] for position in sorted(chosen)),
-        score,
+        outcome.score,
         tuple(
-            Trial(paths[p], numbers[p], own.get(p), turn.score, turn.taken, turn.error)
+            Trial(
+                paths[turn.position],
+                numbers[turn.position],
+                own.get(turn.position),
+                turn.outcome.score,
+                turn.taken,
+                turn.outcome.error,
+                turn.outcome.standard_error,
+                turn.tie,
+            )
             for turn in turns
-            for p in [turn.position]
         ),
         evaluator.text,
         maximize,
         len(record.outcomes),
         subjects.bytes_read,
+        outcome.standard_error,
     )
     if output is not None:
         average_checkpoints(
@@ -276,13 +303,23 @@ def _table(soup: Soup) -> Iterator[str]:
     yield f"score by {soup.evaluate}, {direction} is better"
     width = max(len(trial.path) for trial in soup.trials)
     yield f"{'checkpoint, best first':<{width}}  {'step':>8}  {'alone':>10}  {'soup with':>10}"
+    wide = any(trial.standard_error is not None for trial in soup.trials)
     for trial in soup.trials:
         alone, score = (
             "-" if value is None else f"{value:.5g}" for value in (trial.alone, trial.score)
         )
+        if wide:
+            score = f"{score:>10}{_error(trial.standard_error):<10}" + (" ~" if trial.tie else "  ")
         verdict = "joins" if trial.taken else f"stays out{f': {trial.error}' * bool(trial.error)}"
         yield f"{trial.path:<{width}}  {trial.step:>8g}  {alone:>10}  {score:>10}  {verdict}"
+    if any(trial.tie for trial in soup.trials):
+        yield "~ within the standard error of the difference from the soup before: maybe chance"
+    score = f"{soup.score:.5g}{_error(soup.standard_error)}"
     yield (
-        f"soup of {len(soup.chosen)} of {len(soup.trials)} checkpoints: {soup.score:.5g}, "
+        f"soup of {len(soup.chosen)} of {len(soup.trials)} checkpoints: {score}, "
         f"after {soup.evaluations:,} evaluations"
     )
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.2g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -40,19 +41,24 @@ def draw(
     best: tuple[int, float, float | None],
     *,
     maximize: bool,
-) -> None:
+) -> bytes:
     """Draw single scores as dots, averages as a line a schedule, and mark the best.
 
     Parameters
     ----------
     path
-        The picture to write.
+        Where the picture is to be: its ending tells the format.
     singles, averages
         Scores of checkpoints alone, and for each schedule those of averages.
     best
         The best average: its n, score, and standard error if known.
     maximize
         Whether a higher score is better.
+
+    Returns
+    -------
+    picture
+        What the file is to hold.
     """
     require(path)
     import matplotlib as mpl
@@ -102,4 +108,6 @@ def draw(
         figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     else:
         axes.legend()
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=os.path.splitext(path)[1].lower().removeprefix("."))
+    return picture.getvalue()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from wavg import outputs
 from wavg import weights as schedules
 from wavg.errors import WeightError
-from wavg.evaluation import Evaluate, evaluator_of
+from wavg.evaluation import Evaluate, direction_of, evaluator_of
 from wavg.files import average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.grid import Grid, Open, newest, weigh
@@ -25,14 +25,14 @@ from wavg.plan import parse_size
 from wavg.prefix_sums import elements
 from wavg.prefixes import most_sums, passes, programme
 from wavg.results import Score, Sweep, best_of
-from wavg.scoring import Scorer, described, resumable
+from wavg.scoring import Scorer, described, journal_of, resumable
 from wavg.subjects import Subjects
 
 __all__ = ["sweep"]
 
 F64 = npt.NDArray[np.float64]
 
-_SUMS = 4  # kept at once unless more are allowed
+_SUMS, _SUMS_ON_DISK = 4, 16  # kept at once unless more are allowed
 _FREE_BYTES = 256 << 20  # as many as fit in so little, anyway
 _ENOUGH = 1 << 50  # for what only plans and reads nothing
 
@@ -90,11 +90,11 @@ def sweep(
         Replace an existing output.
     journal
         A file that remembers every score at once, so that a sweep that was stopped goes on where it
-        was. One of another sweep is refused.
+        was. One of another sweep is refused. It knows `evaluate` by its name, not by what it does.
     max_memory
         The most that running sums may take, in memory, or on disk for a command: at least one sum
-        (float64, one a number) is kept. The default is four sums, or 256 MiB where that is more.
-        Where it does not suffice the checkpoints are read more often.
+        (float64, one a number) is kept. The default is four sums, sixteen on disk, or 256 MiB where
+        that is more. Where it does not suffice the checkpoints are read more often.
     progress
         Show a progress bar on standard error if that is a terminal.
 
@@ -111,13 +111,14 @@ def sweep(
     Notes
     -----
     An evaluation that fails (an exception, a command's exit code, a score that is NaN) is recorded,
-    and the sweep goes on. Each checkpoint is read once (``.npz`` and ``.keras`` twice, for their
-    checksums) while the running sums suffice: one for each of most schedules, two for ``linear``.
-    The sums are float64, so that an average may differ from that of `average_checkpoints` in the
-    last place, rarely; the `output` is made by the latter. In memory there are the sums, a
-    checkpoint, and an average for each schedule; with a command a few blocks, and the rest on disk,
-    in the folder for temporary files. The best of many on one held-out set is optimistic: confirm
-    it on another.
+    and the sweep goes on; so it does where a checkpoint holds what is not finite, which fails with
+    every average that holds it. Each checkpoint is read once (``.npz`` and ``.keras`` twice, for
+    their checksums) while the running sums suffice: one for each of most schedules, two for
+    ``linear``. The sums are float64, so that an average may differ from that of
+    `average_checkpoints` in the last place, rarely; the `output` is made by the latter. In memory
+    there are the sums, a checkpoint, and up to four averages; with a command a few blocks, and on
+    disk, in the folder for temporary files, the sums and an average for each schedule. The best of
+    many on one held-out set is optimistic: confirm it on another.
 
     Examples
     --------
@@ -129,7 +130,9 @@ def sweep(
     >>> [round(score.score, 2) for score in result.averages], result.best.n
     ([0.4, 0.1, 0.4, 0.02], 4)
     """
+    maximize = direction_of(maximize)
     evaluator = evaluator_of(evaluate, evaluate_command, timeout)
+    place = journal_of(journal, evaluator)
     rules = Grid.of(weights, None).rules
     open_ = partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
     paths, numbers = newest(inputs, steps, rules, sort, output, last, open_)
@@ -148,7 +151,6 @@ def sweep(
         )
         outputs.refuse(os.fspath(output), paths[-1], overwrite=overwrite)
     cells = _cells(rules, paths, numbers, open_, plain=dtype is None)
-    place = None if journal is None else os.fspath(journal)
     files = evaluator.takes_files
     with (
         resumable(place),
@@ -160,6 +162,7 @@ def sweep(
                 "weights": list(map(str, rules)),
                 **described(evaluator, maximize, numbers, subjects.checkpoints, options),
             },
+            fatal=not files,
         ) as record,
         Scorer(
             evaluator,
@@ -182,8 +185,8 @@ def sweep(
             Score.of(n, None, record.outcomes[_alone(n)], chosen) for n in range(1, len(paths) + 1)
         ),
         tuple(
-            Score.of(cell.n, str(cell.rule), outcome, chosen)
-            for cell, outcome in zip(cells, outcomes, strict=True)
+            Score.of(cell.n, str(cell.rule), outcome, None if position == best else chosen)
+            for position, (cell, outcome) in enumerate(zip(cells, outcomes, strict=True))
         ),
         subjects.bytes_read,
         rounds,
@@ -271,7 +274,8 @@ def _score(
     pending = [cell for cell in cells if cell.key == cell.same and scorer.pending(cell.key)]
     singles = [n for n in range(1, count + 1) if scorer.pending(_alone(n))]
     size = max(1, 8 * elements(subjects.plan))
-    allowed = max(_FREE_BYTES, _SUMS * size) if max_memory is None else parse_size(max_memory)
+    usual = _SUMS_ON_DISK if subjects.on_disk else _SUMS
+    allowed = max(_FREE_BYTES, usual * size) if max_memory is None else parse_size(max_memory)
     groups = passes([cell.row for cell in pending], max(1, allowed // size))
     if not groups and singles:
         groups = [[]]
@@ -296,4 +300,5 @@ def _score(
                             scorer.fail(key, problem)
                         else:
                             scorer.run(key, model)
+                        del model  # before there is another
     return len(groups), most
