@@ -94,17 +94,20 @@ def run(options: argparse.Namespace) -> None:
 def gathered() -> Iterator[list[str]]:
     """Gather what `post_hoc_ema` warns of, as notes; `amplifies` says the rest."""
     notes = list[str]()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "post_hoc_ema")
-        yield notes
-    for warning in caught:
-        said = str(warning.message)
-        if not said.startswith("post_hoc_ema"):
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-        elif "amplification" not in said and f"note: {said}" not in notes:
-            notes.append(f"note: {said}")
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "post_hoc_ema")
+            yield notes
+    finally:
+        for warning in caught:
+            said = str(warning.message)
+            if not said.startswith("post_hoc_ema"):
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+            elif "amplification" not in said and f"note: {said}" not in notes:
+                notes.append(f"note: {said}")
 
 
 def _listing() -> Iterator[str]:
