@@ -164,8 +164,13 @@ def test_a_command_that_fails_says_why(code, told):
     assert told in found.error
 
 
-def test_a_command_that_cannot_be_run_says_why():
-    assert "cannot run no-such-program" in Command("no-such-program {}")("m.h5").error
+def test_a_command_that_cannot_be_run_says_why(tmp_path):
+    program = tmp_path / "score"
+    program.write_text("#!/bin/sh\necho 1\n")
+    program.chmod(0o755)
+    command = Command(f"{program} {{}}")
+    program.unlink()
+    assert f"cannot run {program}: No such file" in command("m.h5").error
 
 
 def ends(process):
@@ -257,3 +262,20 @@ def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     assert evaluator_of("scores_of_this_test:A.f", None, None)({}).score == 0.25
+
+
+def test_the_path_that_a_command_prints_is_no_score(tmp_path):
+    path = tmp_path / "checkpoint-900" / "average-0"
+    assert Command("echo 0.91 for {}")(path).score == 0.91
+    assert "no number" in Command("echo {}")(path).error
+
+
+def test_a_program_that_is_not_there_is_told_before_anything_is_scored():
+    with pytest.raises(wavg.WavgError, match="cannot run pythn: there is no such program"):
+        Command("pythn score.py {}")
+
+
+@pytest.mark.parametrize("text", ["../score:accuracy", "score.py:accuracy", "./score.py:accuracy"])
+def test_an_evaluator_named_as_a_file_is_told_as_a_module(text):
+    with pytest.raises(wavg.WavgError, match="the name of a module, score:accuracy"):
+        evaluator_of(text, None, None)

@@ -269,7 +269,7 @@ def test_a_number_that_is_not_finite_fails_what_holds_it_and_no_more(run, in_pro
     wavg.save(run[4], tensors, overwrite=True)
     second = wavg.Schedule("2", lambda steps: (np.arange(len(steps))[::-1] % 2 == 0) * 1.0)
     third = wavg.Schedule("3", lambda steps: (np.arange(len(steps))[::-1] % 3 == 0) * 1.0)
-    for options in ({}, {"max_memory": 0}, {"evaluate_command": "score {}"}):
+    for options in ({}, {"max_memory": 0}, {"evaluate_command": "true {}"}):
         evaluate = None if "evaluate_command" in options else (lambda m: 1.0)
         result = wavg.sweep(
             run, evaluate, maximize=True, weights=["linear", second, third], **options
@@ -610,7 +610,7 @@ def test_a_command_gets_files_of_the_inputs_format(tmp_path, monkeypatch, in_pro
 
     monkeypatch.setattr(Command, "check", check)
     weights = ["equal", "linear"]
-    result = wavg.sweep(paths, evaluate_command="score {}", maximize=True, weights=weights)
+    result = wavg.sweep(paths, evaluate_command="true {}", maximize=True, weights=weights)
     assert [path for path in in_process if path in paths] == paths[::-1]
     assert os.listdir(tmp_path / "temporary") == []
     averages = [model for path, model in zip(in_process, found, strict=True) if path not in paths]
@@ -634,7 +634,7 @@ def test_a_command_reads_each_checkpoint_once_besides_what_it_copies(tmp_path, i
     for path in paths:
         wavg.save(path, {"w": np.arange(3000, dtype="f4")})
     result = wavg.sweep(
-        paths, evaluate_command="score {}", maximize=True, weights=["equal", "linear"]
+        paths, evaluate_command="true {}", maximize=True, weights=["equal", "linear"]
     )
     data = 4 * 12_000
     checksums = 4 * 12_128  # with the header of the array in it
@@ -653,7 +653,7 @@ def test_a_command_gets_folders_where_the_inputs_are(tmp_path, monkeypatch, in_p
         kinds.append(os.path.basename(path))
 
     monkeypatch.setattr(Command, "check", check)
-    result = wavg.sweep(tmp_path / "run", evaluate_command="score {}", maximize=True)
+    result = wavg.sweep(tmp_path / "run", evaluate_command="true {}", maximize=True)
     assert kinds == [f"checkpoint-{step}" for step in (30, 30, 20, 30, 10)]
     assert not any(s.error for s in result.averages)
 
@@ -662,7 +662,7 @@ def test_folders_named_by_their_files_stay_files(tmp_path, monkeypatch, in_proce
     hf_folders.trainer_run(tmp_path / "run", (10, 20), (1, 1))
     monkeypatch.setattr(Command, "check", lambda self, path: os.path.isfile(path) or 1 / 0)
     pattern = tmp_path / "run" / "*" / "model.safetensors"
-    result = wavg.sweep(pattern, evaluate_command="score {}", maximize=True)
+    result = wavg.sweep(pattern, evaluate_command="true {}", maximize=True)
     assert not any(s.error for s in result.averages)
 
 
@@ -688,7 +688,7 @@ def test_memory_for_a_command_does_not_grow_with_the_model(tmp_path):
 
 def test_a_command_with_little_room_reads_more_often(run, in_process):
     result = wavg.sweep(
-        run, evaluate_command="s {}", maximize=True, weights=["equal", "linear"], max_memory=0
+        run, evaluate_command="true {}", maximize=True, weights=["equal", "linear"], max_memory=0
     )
     assert result.passes > 1
     assert not any(s.error for s in result.averages)

@@ -125,12 +125,27 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     add_direction(command, required=True)
     add = command.add_argument
     add("--timeout", type=float, metavar="SECONDS", help="end a COMMAND that takes longer")
-    add("--last", type=positive, metavar="N", help="only the newest N")
+    add("--last", type=positive, action=_Once, metavar="N", help="only the newest N")
     add(
         "--journal",
         metavar="FILE",
         help="remember every score here; the same command goes on from there after a stop",
     )
+
+
+class _Once(argparse.Action):
+    """An option that means something else where it may be given several times."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice; all lengths up to N are tried anyway")
+        setattr(namespace, self.dest, values)
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

@@ -208,6 +208,7 @@ class Command:
 
     def __init__(self, text: str, timeout: float | None = None) -> None:
         import shlex
+        import shutil
 
         try:
             self._words = shlex.split(text)
@@ -218,19 +219,22 @@ class Command:
                 f"the command {text!r} has no {{}}, which stands for the checkpoint to score; "
                 "write it as in 'python score.py {}'"
             )
+        if "{}" not in self._words[0] and shutil.which(self._words[0]) is None:
+            raise WavgError(f"cannot run {self._words[0]}: there is no such program")
         self.text, self._timeout = text, timeout
 
     def __call__(self, subject: Any) -> Outcome:
         """Evaluate a checkpoint's file or folder."""
         begun = time.perf_counter()
-        words = [word.replace("{}", os.fspath(subject)) for word in self._words]
+        path = os.fspath(subject)
+        words = [word.replace("{}", path) for word in self._words]
         try:
             output, error = self._run(words)
         except OSError as problem:
             output, error = "", f"cannot run {words[0]}: {problem.strerror}"
         score = None
         if not error:
-            found = _NUMBER.findall(output)
+            found = _NUMBER.findall(output.replace(path, " "))  # whose numbers are no score
             if not found:
                 error = "it printed no number" + " that stands alone" * any(
                     map(str.isdigit, output)
@@ -323,6 +327,12 @@ def _imported(text: str) -> Callable[[Tensors], Any]:
     module, _, name = text.partition(":")
     if not module or not name:
         raise WavgError(f"cannot understand the evaluator {text!r}; write module:function")
+    if "/" in module or module.endswith(".py"):
+        plain = os.path.basename(module).removesuffix(".py")
+        raise WavgError(
+            f"the evaluator {text!r} is to be the name of a module, {plain}:{name}, as one imports "
+            "it; run wavg where it is, or put its folder into PYTHONPATH"
+        )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # a command's own path is that of its script
     try:
