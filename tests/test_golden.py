@@ -213,6 +213,7 @@ def test_dropping_the_optimizer_leaves_all_else(family, weights, tmp_path):
             assert file.attrs["model_config"] == newest.attrs["model_config"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["carry", "drop"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_another_dtype_is_rounded_to_once_and_keeps_the_layout(family, dtype, optimizer, tmp_path):

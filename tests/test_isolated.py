@@ -587,6 +587,7 @@ def made(mutant, folder):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=named)
 def test_a_file_that_ends_hdf5_is_a_format_error_in_isolation(mutant, tmp_path, shared_reader):
     path = made(mutant, tmp_path)

@@ -59,6 +59,7 @@ def test_only_the_forms_that_keras_refuses_are_missing(run_of):
     assert refused == REFUSED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), sorted({*CASES} - NOT_RELOADED))
 def test_the_averaged_file_loads_as_if_averaged_in_keras(run_of, name, form, tmp_path):
     run = run_of(FAMILIES[name])
@@ -68,6 +69,7 @@ def test_the_averaged_file_loads_as_if_averaged_in_keras(run_of, name, form, tmp
         zoo_contract.check_weights(run, form, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 @pytest.mark.parametrize("form", ["h5", "weights", "keras", "shards"])
 @pytest.mark.parametrize("name", zoo_contract.REWRITTEN)

@@ -264,6 +264,7 @@ def test_every_finite_float16_widens_exactly():
     assert out[finite].astype(np.float64).tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
 @pytest.mark.parametrize("weights", ["ties", "linear", "exponential"])
 def test_whole_tiles_agree_with_the_oracle_on_a_sample(dtype, weights):

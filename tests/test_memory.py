@@ -125,6 +125,7 @@ def test_compressed_archives_keep_the_promise(tmp_path):
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [(100, 100), (2000, 10), (1, 500)])
 def test_compressed_datasets_keep_the_promise(tmp_path, chunks):
     rng = np.random.default_rng(0)
