@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import reference
 import strategies
 from wavg import kernel
+from wavg.combination import Combination
 from wavg.dtypes import lookup
 from wavg.errors import NonFiniteError, WavgError, WeightError
-from wavg.kernel import Combination, combine
+from wavg.kernel import combine
 from wavg.rounding import round_to
 
 

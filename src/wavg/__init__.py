@@ -25,9 +25,10 @@ from wavg.errors import (
     WavgError,
     WeightError,
 )
-from wavg.files import Report, average_checkpoints, load, open_checkpoint, plan_average, save
+from wavg.files import Report, average_checkpoints, plan_average
 from wavg.plan import Plan
 from wavg.record import Record, Source
+from wavg.stored import load, open_checkpoint, save
 from wavg.weights import (
     Schedule,
     bema,

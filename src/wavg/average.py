@@ -13,7 +13,8 @@ from wavg import weights as schedules
 from wavg.arrays import leaf_to_numpy
 from wavg.dtypes import DType, dtype_of
 from wavg.errors import NonFiniteError, StructureMismatchError, WavgError, WeightError
-from wavg.kernel import Combination, Combiner
+from wavg.combination import Combination
+from wavg.kernel import Combiner
 from wavg.quantised import refuse_quantised_leaves
 
 __all__ = ["average"]

@@ -20,8 +20,8 @@ from wavg.cli_options import (
 )
 from wavg.cli_weights import glyph
 from wavg.errors import WavgError
-from wavg.files import open_checkpoint
 from wavg.record import KEY, Record
+from wavg.stored import open_checkpoint
 
 __all__ = ["add_inspect", "add_verify", "printable"]
 

@@ -31,15 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wavg.combination import Combination
 from wavg.dtypes import DType, dtype_of
-from wavg.errors import NonFiniteError, WavgError, WeightError
+from wavg.errors import NonFiniteError, WavgError
 from wavg.exact import double_double, integer_mean
 from wavg.rounding import bits_of, round_to
 
@@ -50,7 +49,6 @@ except ImportError:  # no compiler at hand when wavg was installed
 
 __all__ = [
     "COMPILED",
-    "Combination",
     "Combiner",
     "combine",
     "reads_files",
@@ -65,7 +63,6 @@ COMPILED = _compiled is not None  # whether step 1 is
 _COMPILED_FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 _TILE_ELEMENTS = 10 << 16  # widened at once, all rows together: 65,536 columns of ten inputs
 _WIDEST_TILE = 1 << 16
-_WEIGHT_BITS = 28  # of whole-number weights' sum; more, and the theorem above no longer holds
 _FEW = 400  # numbers in so few columns are settled sooner one by one than all at once
 _DENSE = 8  # if more than one in so many columns is left over, it is sooner to do all of them
 _PORTION = 640 << 10  # bytes of all inputs that are read, and combined while in the nearest cache
@@ -73,99 +70,6 @@ _SHORTEST = 8 << 10  # bytes that are worth a reading
 _NONE: Array = np.empty(0, np.uint8)
 _SETTLED = 1 << 13  # columns that steps 2 and 3 take at once, and
 _SETTLED_NUMBERS = 1 << 17  # numbers in these, if inputs are many
-
-
-@dataclass(frozen=True, slots=True)
-class Combination:
-    """A matrix of weights, prepared once and applied to every block.
-
-    Attributes
-    ----------
-    matrix
-        The weights, shape (outputs, inputs). Each row is divided by its common factor and scaled by
-        a power of two, so that sums of products cannot overflow and its total is positive.
-    totals, low_totals
-        Each row's sum as an unevaluated pair of float64 numbers, shape (outputs,).
-    integers
-        For each row, its weights as whole numbers of a common factor, exactly.
-    lossless
-        For each row, whether `matrix` and `totals` alone hold exactly those.
-    tame
-        For each row, whether its weights do not nearly cancel: float64 can divide by its total.
-    bits
-        For a row of small whole numbers, the bits of the sum of their magnitudes; -1 where that
-        exceeds 28 bits, for then sums are not known to be exact.
-    """
-
-    matrix: F64
-    totals: F64
-    low_totals: F64
-    integers: tuple[tuple[int, ...], ...]
-    lossless: tuple[bool, ...]
-    tame: tuple[bool, ...]
-    bits: tuple[int, ...]
-
-    @classmethod
-    def of(cls, weights: npt.ArrayLike) -> Combination:
-        """Prepare weights of shape (inputs,) or (outputs, inputs).
-
-        Raises
-        ------
-        WeightError
-            For no weights, weights that are not finite, or a row that sums to exactly zero.
-
-        Examples
-        --------
-        >>> Combination.of([[1, 2, 3], [0.1, 0.1, 0.1]]).integers
-        ((1, 2, 3), (1, 1, 1))
-        """
-        rows = np.atleast_2d(np.asarray(weights, dtype=np.float64))
-        if rows.ndim != 2 or rows.size == 0:
-            raise WeightError("there must be at least one weight")
-        if not np.isfinite(rows).all():
-            raise WeightError(f"weights must be finite numbers, not {_short(rows)}")
-        matrix, totals = np.empty_like(rows), np.empty((2, len(rows)))
-        integers, lossless, bits = [], [], []
-        for index, row in enumerate(rows):
-            whole = _whole_numbers(row)
-            if sum(whole) == 0:
-                raise WeightError(
-                    f"the weights {_short(row)} sum to zero, so there is no average; "
-                    "change one of them"
-                )
-            # A power of two: exact, but for weights some 2**1000 times smaller than the largest.
-            scale = Fraction(1, 1 << (max(map(abs, whole)).bit_length() + len(row).bit_length()))
-            matrix[index] = [float(value * scale) for value in whole]
-            total = sum(whole) * scale
-            totals[:, index] = float(total), float(total - Fraction(float(total)))
-            integers.append(whole)
-            same = all(Fraction(a) == b * scale for a, b in zip(matrix[index], whole, strict=True))
-            lossless.append(same and Fraction(totals[0, index]) == total)
-            size = sum(map(abs, whole)).bit_length()
-            bits.append(size if size <= _WEIGHT_BITS else -1)
-        return cls(
-            matrix,
-            totals[0],
-            totals[1],
-            tuple(integers),
-            tuple(lossless),
-            tuple((totals[0] > 2.0**-900).tolist()),
-            tuple(bits),
-        )
-
-
-def _short(values: F64) -> str:
-    text = [f"{value:g}" for value in values.ravel().tolist()]
-    return "[" + ", ".join(text if len(text) <= 8 else [*text[:4], "…", *text[-3:]]) + "]"
-
-
-def _whole_numbers(row: F64) -> tuple[int, ...]:
-    """Return whole numbers in the same proportions, without a common factor, of sum >= 0."""
-    fractions = [Fraction(value) for value in row.tolist()]
-    denominator = max(value.denominator for value in fractions)  # all are powers of two
-    whole = [int(value * denominator) for value in fractions]
-    factor = (math.gcd(*whole) or 1) * (1 if sum(whole) >= 0 else -1)
-    return tuple(value // factor for value in whole)
 
 
 def span(inputs: int, outputs: int, target: DType) -> int:

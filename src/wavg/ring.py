@@ -16,8 +16,9 @@ import numpy.typing as npt
 from wavg.average import average
 from wavg.blocks import Scratch, refuse_nonfinite
 from wavg.errors import CheckpointFormatError
-from wavg.files import average_checkpoints, load, open_checkpoint, save
+from wavg.files import average_checkpoints
 from wavg.schedule import spell_number
+from wavg.stored import load, open_checkpoint, save
 from wavg.structure import AHEAD, Leaf, Moment, Structure
 from wavg.temporaries import reclaim
 from wavg.weights import Schedule

@@ -22,9 +22,9 @@ from wavg.errors import (
     WavgError,
     WeightError,
 )
-from wavg.files import open_checkpoint, save
 from wavg.listed import ENDINGS
 from wavg.record import STATE_KEY
+from wavg.stored import open_checkpoint, save
 from wavg.structure import Leaf, Moment, Structure
 from wavg.weights import Schedule
 

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from wavg.blas import single_blas_thread
 from wavg.checkpoint import Checkpoint, Sink, TensorSpec, reading
+from wavg.combination import Combination
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
-from wavg.kernel import Combination, Combiner, reads_files
+from wavg.kernel import Combiner, reads_files
 from wavg.plan import Decision, Plan
 from wavg.runs import Run, make_runs
 
@@ -72,7 +74,7 @@ def run(
     job = _Job(plans, checkpoints, sinks)
     newest: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_single_blas_thread())
+        stack.enter_context(single_blas_thread())
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
 
@@ -387,7 +389,7 @@ class _Elsewhere:
         sinks = [_Parcel(names) for names in self._wanted]
         with contextlib.ExitStack() as stack:
             checkpoints = [stack.enter_context(Checkpoint(*parts)) for parts in self._opening]
-            stack.enter_context(_single_blas_thread())
+            stack.enter_context(single_blas_thread())
             outcome = _Job(self._plans, checkpoints, sinks)(chunk)
         return outcome._replace(writes=tuple(sink.writes for sink in sinks))
 
@@ -416,39 +418,3 @@ def _aligned(size: int) -> int:
 def _view(buffer: Array, shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
     """View the start of a byte buffer as an array."""
     return buffer[: shape[0] * shape[1] * dtype.itemsize].view(dtype).reshape(shape)
-
-
-class _BlasLimit:
-    """Counts who wants BLAS on one thread, and restores it when nobody does any more."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._limiter: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                from threadpoolctl import threadpool_limits
-
-                with contextlib.suppress(OSError):  # what is loaded cannot be read: then slower
-                    self._limiter = threadpool_limits(1, user_api="blas")
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._limiter is not None:
-                limiter, self._limiter = self._limiter, None
-                limiter.restore_original_limits()
-
-
-_blas_limit = _BlasLimit()
-
-
-def _single_blas_thread() -> _BlasLimit:
-    """Keep BLAS from starting threads beside ours: they would wait for each other.
-
-    The setting is the process's; it is restored at the end.
-    """
-    return _blas_limit

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from wavg import state
 from wavg import weights as schedules
 from wavg.errors import OutputError, WavgError, WeightError
-from wavg.files import save
 from wavg.record import KEY, Record
 from wavg.ring import FolderRing, MemoryRing
 from wavg.schedule import spell_number
+from wavg.stored import save
 from wavg.structure import Moment, Structure
 from wavg.tracks import PRECISIONS, Tracks
 
