@@ -55,10 +55,13 @@ MAY_IMPORT = {
     "publish_folder": "publish renames temporaries errors",
     "alignment": "checkpoint errors",
     "quantised": "checkpoint errors",
-    "plan": "record quantised alignment checkpoint weights kernel errors",
-    "runs": "extents plan checkpoint errors",
+    "options": "alignment",
+    "decisions": "options checkpoint errors",
+    "budget": "decisions options checkpoint kernel errors",
+    "plan": "budget decisions options record quantised alignment checkpoint weights errors",
+    "runs": "decisions extents checkpoint errors",
     "blas": "",
-    "stream": "combination blas runs plan checkpoint kernel errors",
+    "stream": "combination blas runs decisions plan checkpoint kernel errors",
     "sinks": "extents plan checkpoint publish templates errors",
     "formats": "checkpoint extents positional publish templates errors",
     "inputs": "formats errors",
@@ -67,10 +70,11 @@ MAY_IMPORT = {
     "opening": "checkpoint errors formats shortage",
     "outputs": "checkpoint errors formats opening plan publish publish_folder record sinks "
     "templates temporaries",
-    "files": "checkpoint errors formats grid inputs opening outputs plan publish record shortage "
-    "sinks stream weights",
+    "files": "checkpoint errors formats grid inputs opening options outputs plan publish record "
+    "shortage sinks stream weights",
     "stored": "checkpoint errors formats inputs opening outputs shortage",
-    "verification": "stored checkpoint errors formats inputs opening plan record stream",
+    "verification": "stored checkpoint decisions errors formats inputs opening options plan record "
+    "stream",
     "structure": "arrays quantised tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
@@ -79,28 +83,28 @@ MAY_IMPORT = {
     "state": "stored checkpoint listed record structure weights errors",
     "streaming": "stored inputs record ring schedule state structure tracks weights errors",
     "prefixes": "",
-    "prefix_sums": "checkpoint plan positional prefixes rounding errors",
+    "prefix_sums": "checkpoint decisions plan positional prefixes rounding errors",
     "evaluation": "dtypes errors",
     "journal": "evaluation renames errors",
     "scoring": "checkpoint evaluation inputs journal errors",
-    "subjects": "checkpoint files formats inputs opening outputs plan prefixes prefix_sums sinks "
-    "errors",
+    "subjects": "checkpoint decisions files formats inputs opening outputs plan prefixes "
+    "prefix_sums sinks errors",
     "sweep_picture": "errors",
     "results": "evaluation inputs publish scoring sweep_picture errors",
-    "sweeps": "evaluation files formats grid inputs journal outputs plan prefixes results scoring "
-    "subjects prefix_sums weights errors",
+    "sweeps": "evaluation files formats grid inputs journal options outputs prefixes results "
+    "scoring subjects prefix_sums weights errors",
     "selection": "evaluation formats grid inputs errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
     "soups": "evaluation files formats greedy grid inputs journal outputs results scoring "
     "selection subjects errors",
     "demo": FACE,
     "picture": "errors weights",
-    "cli_options": "alignment plan",
+    "cli_options": "alignment options",
     "cli_sweep": "errors publish cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture schedule weights",
     "cli_inspect": "stored checkpoint cli_options cli_weights errors record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
-    f"selection schedule weights errors inputs plan {FACE}",
+    f"selection schedule weights errors inputs options plan {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import wavg
 from wavg.checkpoint import TensorSpec
+from wavg.decisions import Decision
 from wavg.extents import Extent, complement
-from wavg.plan import Decision
 from wavg.runs import make_runs
 
 SIZES = {"float32": 4, "float16": 2}

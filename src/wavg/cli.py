@@ -38,7 +38,8 @@ from wavg.formats import open_file
 from wavg.grid import newest
 from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
-from wavg.plan import MIB, RECORDS, Plan
+from wavg.options import MIB, RECORDS
+from wavg.plan import Plan
 from wavg.schedule import spell_number
 from wavg.weights import AMPLIFIES
 

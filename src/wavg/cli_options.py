@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
-from wavg.plan import MIB, parse_size
+from wavg.options import MIB, parse_size
 
 __all__ = [
     "add_command",

@@ -28,7 +28,8 @@ from wavg.opening import (
     verify_checksums,
     verify_unchanged,
 )
-from wavg.plan import Options, Plan, Weighting, make_plans, parse_size
+from wavg.options import Options, parse_size
+from wavg.plan import Plan, Weighting, make_plans
 from wavg.record import Record, Source, names_within
 from wavg.sinks import MemorySink
 

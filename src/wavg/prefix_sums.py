@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Sink, TensorSpec
+from wavg.decisions import Decision
 from wavg.errors import NonFiniteError
-from wavg.plan import Decision, Plan
+from wavg.plan import Plan
 from wavg.positional import read_exactly
 from wavg.prefixes import Step
 from wavg.rounding import round_to

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import TensorSpec
+from wavg.decisions import Decision
 from wavg.extents import extent_table, in_order, side_by_side
-from wavg.plan import Decision
 
 __all__ = ["Run", "make_runs"]
 

@@ -18,10 +18,11 @@ import numpy.typing as npt
 from wavg.blas import single_blas_thread
 from wavg.checkpoint import Checkpoint, Sink, TensorSpec, reading
 from wavg.combination import Combination
+from wavg.decisions import Decision
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combiner, reads_files
-from wavg.plan import Decision, Plan
+from wavg.plan import Plan
 from wavg.runs import Run, make_runs
 
 if TYPE_CHECKING:

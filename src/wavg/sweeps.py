@@ -21,7 +21,7 @@ from wavg.formats import open_file
 from wavg.grid import Grid, Open, newest, weigh
 from wavg.inputs import PathLike
 from wavg.journal import Journal
-from wavg.plan import parse_size
+from wavg.options import parse_size
 from wavg.prefix_sums import elements
 from wavg.prefixes import most_sums, passes, programme
 from wavg.results import Score, Sweep, best_of

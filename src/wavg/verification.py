@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from wavg import stream
 from wavg.checkpoint import Checkpoint, TensorSpec
+from wavg.decisions import Decision
 from wavg.errors import CheckpointFormatError, WavgError
 from wavg.formats import open_file
 from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike, expand
 from wavg.opening import available_cores, digests, opened, verify_checksums, verify_unchanged
-from wavg.plan import IN_THE_NUMBERS, Decision, Options, Weighting, make_plans, parse_size
+from wavg.options import IN_THE_NUMBERS, Options, parse_size
+from wavg.plan import Weighting, make_plans
 from wavg.record import Record, Source
 from wavg.stored import open_checkpoint
 
