@@ -1,6 +1,6 @@
 """Run one average in a fresh process; print its peak beyond ``import wavg``, and what was promised.
 
-Usage: memory_probe.py GLOB OUTPUT WEIGHTS[;WEIGHTS...] MAX_MEMORY
+Usage: memory_probe.py GLOB OUTPUT WEIGHTS[;WEIGHTS...] MAX_MEMORY [RECORD]
 """
 
 import json
@@ -16,10 +16,15 @@ def status(field: str) -> int:
 
 
 def main() -> None:
-    inputs, output, weights, max_memory = sys.argv[1:]
+    inputs, output, weights, max_memory, *record = sys.argv[1:]
     before = status("VmRSS")
     report = wavg.average_checkpoints(
-        inputs, output, weights=weights.split(";"), max_memory=max_memory, overwrite=True
+        inputs,
+        output,
+        weights=weights.split(";"),
+        max_memory=max_memory,
+        overwrite=True,
+        record=record[0] if record else "inputs",
     )[0]
     print(
         json.dumps(

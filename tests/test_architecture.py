@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "positional": "",
     "shortage": "errors",
     "checkpoint": "extents positional errors",
+    "digests": "checkpoint extents positional errors",
     "templates": "checkpoint extents positional",
     "renames": "",
     "temporaries": "",
@@ -61,20 +62,21 @@ MAY_IMPORT = {
     "plan": "budget decisions options record quantised alignment checkpoint weights errors",
     "runs": "decisions extents checkpoint errors",
     "blas": "",
-    "stream": "combination blas runs decisions plan checkpoint kernel errors",
+    "stream": "combination blas runs decisions digests plan checkpoint kernel errors",
     "sinks": "extents plan checkpoint publish templates errors",
     "formats": "checkpoint extents positional publish templates errors",
     "inputs": "formats errors",
     "recorded": "checkpoint inputs record",
     "grid": "errors formats inputs recorded weights",
+    "sha256sums": "inputs errors",
     "opening": "checkpoint errors formats shortage",
     "outputs": "checkpoint errors formats opening plan publish publish_folder record sinks "
     "templates temporaries",
-    "files": "checkpoint errors formats grid inputs opening options outputs plan publish record "
-    "shortage sinks stream weights",
-    "stored": "checkpoint errors formats inputs opening outputs shortage",
-    "verification": "stored checkpoint decisions errors formats inputs opening options plan record "
-    "stream",
+    "files": "checkpoint digests errors formats grid inputs opening options outputs plan publish "
+    "record sha256sums shortage sinks stream weights",
+    "stored": "checkpoint digests errors formats inputs opening outputs shortage",
+    "verification": "stored checkpoint decisions digests errors formats inputs opening options "
+    "plan record stream",
     "structure": "arrays quantised tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
@@ -87,7 +89,7 @@ MAY_IMPORT = {
     "evaluation": "dtypes errors",
     "journal": "evaluation renames errors",
     "scoring": "checkpoint evaluation inputs journal errors",
-    "subjects": "checkpoint decisions files formats inputs opening outputs plan prefixes "
+    "subjects": "checkpoint decisions digests files formats inputs opening outputs plan prefixes "
     "prefix_sums sinks errors",
     "sweep_picture": "errors",
     "results": "evaluation inputs publish scoring sweep_picture errors",

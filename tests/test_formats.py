@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
 import struct
-import threading
-import time
 import zipfile
 
 import h5py
@@ -21,7 +18,6 @@ import safetensors.numpy
 import wavg
 from contract import FormatContract, assert_same
 from wavg import CheckpointFormatError
-from wavg.opening import verify_checksums
 
 
 class TestSafetensors(FormatContract):
@@ -361,35 +357,6 @@ def test_a_zip_with_a_wrong_checksum_is_refused(tmp_path):
     (tmp_path / "m.npz").write_bytes(raw)
     with pytest.raises(CheckpointFormatError, match="CRC"):
         wavg.load(tmp_path / "m.npz")
-
-
-def test_an_interrupt_does_not_wait_for_the_checksums_in_hand(tmp_path, monkeypatch):
-    np.savez(tmp_path / "m.npz", a=np.zeros(100), b=np.zeros(100))
-    with wavg.open_checkpoint(tmp_path / "m.npz") as checkpoint:
-        second, begun = checkpoint.index.checksums[1], threading.Event()
-        original = os.pread
-        endless = second._replace(extent=second.extent._replace(length=1 << 62))
-        checkpoint.index = dataclasses.replace(
-            checkpoint.index, checksums=(checkpoint.index.checksums[0], endless)
-        )
-        deadline = time.monotonic() + 20
-
-        def pread(descriptor, size, offset):
-            if offset >= second.extent.offset:
-                begun.set()
-                assert time.monotonic() < deadline, "nobody stopped it"
-                return bytes(1000)
-            return original(descriptor, size, offset)
-
-        def interrupt(size):
-            assert begun.wait(20)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(os, "pread", pread)
-        started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            verify_checksums([checkpoint], 2, interrupt)
-        assert time.monotonic() - started < 15
 
 
 def test_duplicate_and_bomb_members_are_refused(tmp_path):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def measure(folder, suffix, weights="equal", max_memory="64MiB", target=None) -> dict:
+def measure(folder, suffix, weights="equal", max_memory="64MiB", target=None, record=()) -> dict:
     probe = Path(__file__).with_name("memory_probe.py")
     output = subprocess.run(
         [
@@ -29,6 +29,7 @@ def measure(folder, suffix, weights="equal", max_memory="64MiB", target=None) ->
             f"{folder}/avg{target or suffix}",
             weights,
             max_memory,
+            *record,
         ],
         capture_output=True,
         text=True,
@@ -59,6 +60,13 @@ def save_run(folder, suffix, count, tensors, shape, dtype):
 def test_the_peak_is_within_the_projection_and_the_budget(tmp_path, suffix, dtype, weights):
     save_run(tmp_path, suffix, 4, 2, (2000, 500), dtype)
     figures = measure(tmp_path, suffix, weights)
+    assert figures["measured"] <= figures["projected"] <= figures["allowed"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_digests_are_within_the_projection_and_the_budget(tmp_path, suffix):
+    save_run(tmp_path, suffix, 4, 2, (2000, 500), "float32")
+    figures = measure(tmp_path, suffix, max_memory="20MiB", record=["sha256"])
     assert figures["measured"] <= figures["projected"] <= figures["allowed"]
 
 

@@ -276,3 +276,14 @@ def test_the_command_line_tells_and_fails(run, output, capsys):
     told = capsys.readouterr()
     assert len(json.loads(told.out)["faults"]) == 1
     assert "is not what its record says" in told.err
+
+
+def test_an_input_that_has_no_numbers_any_more_is_a_fault_among_the_others(run, output):
+    path = run / "m_10.safetensors"
+    raw = bytearray(path.read_bytes())
+    place = data_start(path) + 8  # behind the eight bytes of n
+    raw[place : place + 4] = np.float32("nan").tobytes()
+    path.write_bytes(raw)
+    changed, impossible, *_ = wavg.verify(output, run, full=True).faults
+    assert changed == f"{path} does not have the SHA-256 recorded for it"
+    assert impossible.startswith(f"it cannot be computed again: {path}: w[0, 0] is nan")

@@ -23,6 +23,7 @@ _SMALLEST_BLOCK = 1_024
 _BASE_BYTES = 10 * MIB  # ml_dtypes, tqdm, threads, code paged in
 _HDF5_BYTES = 22 * MIB  # h5py and the HDF5 library
 _WORKER_BYTES = 1 * MIB  # a thread, and what it holds besides the kernel's scratch
+_DIGEST_BYTES = 1 * MIB // 2  # a thread that reads ahead, and its buffer
 _CREATED_BYTES = 600  # a tensor's part in laying out a new file
 _SPEC_BYTES = 900  # an index entry in memory
 
@@ -42,6 +43,8 @@ def fit(
         fixed += _HDF5_BYTES + sum(index.reader_bytes for index in indexes)
     if created is not None:
         fixed += _CREATED_BYTES * len(indexes[-1].tensors) * outputs
+    passed = options.digests or any(index.checksums for index in indexes)
+    beside = _DIGEST_BYTES if passed else 0
     total = sum(elements.values())  # neighbours are read as one
     kinds = [kind for kind in elements if kind.action == "average" or kind.compare]
     widest = max(lookup(kind.source).itemsize for kind in kinds if kind.action == "average")
@@ -54,13 +57,13 @@ def fit(
         least = min(wanted, _SMALLEST_BLOCK if workers == 1 else 8 * _SMALLEST_BLOCK)
         halvings = range((wanted // least).bit_length() - 1)
         for block in [*(wanted >> times for times in halvings), least]:
-            projected = fixed + workers * _worker_bytes(
-                len(indexes), outputs, kinds, block, in_place
+            projected = fixed + workers * (
+                beside + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
             )
             if projected <= options.max_memory:
                 return block, workers, projected
     block = min(wanted, _SMALLEST_BLOCK)
-    needed = fixed + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
+    needed = fixed + beside + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
     raise MemoryBudgetError(
         f"averaging {len(indexes)} checkpoints needs at least {_mib(needed)} MiB, and "
         f"{_mib(options.max_memory)} MiB are allowed; allow more with "

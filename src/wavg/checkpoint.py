@@ -7,12 +7,9 @@ format has to provide. It knows no format.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import stat
-import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -35,7 +32,6 @@ __all__ = [
     "LazyTensor",
     "Sink",
     "TensorSpec",
-    "crc32",
     "has_array",
     "identify",
     "reading",
@@ -141,7 +137,7 @@ class Index:
     signature
         Where those of two files of one size are equal and not empty, so are their `tensors`.
     checksums
-        What the files say of their own bytes; verified by `Checkpoint.verify_checksum`.
+        What the files say of their own bytes; verified by `wavg.digests`.
     reader_bytes
         Memory that the format's reader of tensors without extents holds.
     """
@@ -323,36 +319,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Return the open descriptor of one of the files, for copying from."""
         return self._descriptors[file]
 
-    def verify_checksum(self, checksum: Checksum, stop: threading.Event | None = None) -> int:
-        """Read what a checksum is of, compare, and return the number of bytes.
-
-        Once `stop` is set it returns early, whatever the bytes are.
-
-        Raises
-        ------
-        CheckpointFormatError
-            The bytes are not those the checksum was made of.
-        """
-        path = self.index.files[checksum.extent.file].path
-        with reading(path):
-            value = crc32(self._descriptors[checksum.extent.file], checksum.extent, stop)
-        if value != checksum.value and not (stop is not None and stop.is_set()):
-            raise CheckpointFormatError(
-                f"{path}: {checksum.name} is damaged: its bytes do not give the CRC-32 that the "
-                "file records for them",
-                path=path,
-            )
-        return checksum.extent.length
-
-    def sha256(self, file: int, stop: threading.Event) -> str:
-        """Read one of the files whole and return its SHA-256; once `stop` is set, any other."""
-        digest = hashlib.sha256()
-        identity = self.index.files[file]
-        with reading(identity.path):
-            for data in _in_pieces(self._descriptors[file], 0, identity.size, stop):
-                digest.update(data)
-        return digest.hexdigest()
-
     def verify_unchanged(self) -> None:
         """Raise `CheckpointChangedError` unless the files are what they were when indexed."""
         for identity, descriptor in zip(self.index.files, self._descriptors, strict=True):
@@ -370,7 +336,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
 
 _O_BINARY = getattr(os, "O_BINARY", 0)
-_COPY_BYTES = 1 << 20
 
 
 def _identity(path: str, status: os.stat_result) -> FileIdentity:
@@ -399,26 +364,6 @@ def reading(path: str) -> Iterator[None]:
             raise
         why = error.strerror or error
         raise InputError(f"cannot read {path}: {why}", path=path, errno=error.errno) from error
-
-
-def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:
-    """Return the CRC-32 of a part of an open file, or of what is read of it before `stop`."""
-    value = 0
-    for data in _in_pieces(descriptor, extent.offset, extent.length, stop):
-        value = zlib.crc32(data, value)
-    return value
-
-
-def _in_pieces(
-    descriptor: int, offset: int, length: int, stop: threading.Event | None
-) -> Iterator[bytes]:
-    end = offset + length
-    while offset < end and not (stop is not None and stop.is_set()):
-        data = os.pread(descriptor, min(_COPY_BYTES, end - offset), offset)
-        if not data:
-            return
-        yield data
-        offset += len(data)
 
 
 class Sink(Protocol):

@@ -215,6 +215,19 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         "coefficients; their digests too; or nothing (default: %(default)s)",
     )
     add(
+        "--sha256",
+        dest="record",
+        action="store_const",
+        const="sha256",
+        help="the same as --record sha256",
+    )
+    add(
+        "--check-sha256",
+        metavar="FILE",
+        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
+        "not listed, is refused",
+    )
+    add(
         "--max-shard-size",
         type=shard_size,
         metavar="SIZE",
@@ -261,6 +274,7 @@ def _average(options: argparse.Namespace) -> None:
                 options.inputs,
                 options.output,
                 overwrite=options.overwrite,
+                check_sha256=options.check_sha256,
                 progress=not (options.quiet or options.json),
                 **chosen,
             )

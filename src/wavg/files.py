@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -17,21 +17,16 @@ import numpy.typing as npt
 from wavg import outputs, stream
 from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint
+from wavg.digests import Digest, Digests
 from wavg.formats import adapters, format_of_output, open_file
 from wavg.grid import Grid, Selection, select
 from wavg.inputs import PathLike
-from wavg.opening import (
-    available_cores,
-    digests,
-    opened,
-    uncollected,
-    verify_checksums,
-    verify_unchanged,
-)
+from wavg.opening import available_cores, opened, uncollected, verify_unchanged
 from wavg.options import Options, parse_size
 from wavg.plan import Plan, Weighting, make_plans
 from wavg.record import Record, Source, names_within
-from wavg.sinks import MemorySink
+from wavg.sha256sums import Sums, SumsLike
+from wavg.sinks import FileSink, MemorySink
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -90,6 +85,7 @@ class AverageOptions(PlanOptions, total=False):
     """Those of `average_checkpoints`."""
 
     overwrite: bool
+    check_sha256: SumsLike | None
     executor: Executor | None
     progress: bool
 
@@ -151,6 +147,7 @@ def average_checkpoints(
     isolate: bool = False,
     overwrite: bool = False,
     record: str = "inputs",
+    check_sha256: SumsLike | None = None,
     max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -210,7 +207,10 @@ def average_checkpoints(
     record
         What safetensors outputs keep of how they came to be, in the key ``wavg`` of their
         metadata, see `wavg.Record`: the ``"inputs"``, their sizes, steps and coefficients;
-        ``"sha256"`` their digests too, at the cost of reading each once more; ``"none"``.
+        ``"sha256"`` their digests too, made as they are read; ``"none"``.
+    check_sha256
+        The SHA-256 that the inputs' files are to have: a list of them as ``sha256sum`` prints it,
+        or a mapping from paths. One that has another, or is not listed, ends the run.
     max_shard_size
         Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
         text (``"5GB"``), as huggingface_hub does; by default it is divided as the newest's is.
@@ -245,9 +245,9 @@ def average_checkpoints(
     Notes
     -----
     Every element is ``Σ c_i x_i / Σ c_i`` computed exactly and rounded once, to nearest even. Each
-    input is read once (``.npz`` and ``.keras`` twice, for their checksums), the output written
-    once, in blocks; memory does not depend on the size of the tensors. The output appears under its
-    name only when it is complete and on disk.
+    input is read once from the disk, the output written once, in blocks; checksums and digests are
+    made of the blocks just before these are averaged. Memory does not depend on the size of the
+    tensors. The output appears under its name only when it is complete and on disk.
 
     Examples
     --------
@@ -276,6 +276,7 @@ def average_checkpoints(
         integers=integers,
         allow_nonfinite=allow_nonfinite,
         record=record,
+        digests=check_sha256 is not None or (record == "sha256" and output is not None),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else available_cores(),
@@ -289,16 +290,26 @@ def average_checkpoints(
     with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, selection, grid, targets, options)
         outputs.refuse_full(plans)
-        with _progress_bar(plans[0], progress) as tick:
-            verify_checksums(checkpoints, plans[0].workers, tick)
+        with (
+            Digests(
+                checkpoints,
+                plans[0].workers,
+                sha256=options.digests,
+                expected=None if check_sha256 is None else Sums(check_sha256),
+            ) as digests,
+            _progress_bar(plans[0], progress) as tick,
+        ):
+            carry_out = functools.partial(
+                stream.run, plans, checkpoints, digests=digests, executor=executor, progress=tick
+            )
             if not targets:
                 memory = [MemorySink(plan) for plan in plans]
-                stream.run(plans, checkpoints, memory, executor=executor, progress=tick)
+                carry_out(memory)
+                digests.finish()
                 verify_unchanged(checkpoints)
                 results = [sink.arrays() for sink in memory]
                 return results if grid.many else results[0]
-            records = _records(plans, checkpoints, tick)
-            differing = _write(plans, checkpoints, targets, records, overwrite, executor, tick)
+            differing = _write(plans, checkpoints, targets, digests, overwrite, carry_out)
     reports = [Report(*parts) for parts in zip(targets, plans, differing, strict=True)]
     return reports if grid.many else reports[0]
 
@@ -306,15 +317,14 @@ def average_checkpoints(
 def _records(
     plans: Sequence[Plan],
     checkpoints: Sequence[Checkpoint],
-    tick: Callable[[int], object] | None,
+    hashes: Sequence[Digest | None],
 ) -> list[str | None]:
     """Return what each average's file is to say of how it came to be."""
     options = plans[0].options
     if options.record == "none":
         return [None] * len(plans)
-    hashes: Sequence[str | Mapping[str, str] | None] = [None] * len(checkpoints)
-    if options.record == "sha256":
-        hashes = digests(checkpoints, options.workers, tick)
+    if options.record != "sha256":
+        hashes = [None] * len(checkpoints)
     sizes = [sum(identity.size for identity in c.index.files) for c in checkpoints]
     names = names_within([checkpoint.path for checkpoint in checkpoints])
     records: list[str | None] = []
@@ -334,22 +344,24 @@ def _write(
     plans: Sequence[Plan],
     checkpoints: Sequence[Checkpoint],
     targets: Sequence[str],
-    records: Sequence[str | None],
+    digests: Digests,
     overwrite: bool,
-    executor: Executor | None,
-    tick: Callable[[int], object] | None,
+    carry_out: Callable[[Sequence[FileSink]], list[tuple[str, ...]]],
 ) -> list[tuple[str, ...]]:
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
+    begun = _records(plans, checkpoints, digests.values())
     with contextlib.ExitStack() as stack:
         made = [
             stack.enter_context(
                 outputs.planned(plan, checkpoints[-1], target, record, overwrite=overwrite)
             )
-            for plan, target, record in zip(plans, targets, records, strict=True)
+            for plan, target, record in zip(plans, targets, begun, strict=True)
         ]
-        sinks = [output.sink for output in made]
-        differing = stream.run(plans, checkpoints, sinks, executor=executor, progress=tick)
-        for output in made:
+        differing = carry_out([output.sink for output in made])
+        ended = _records(plans, checkpoints, digests.finish())
+        for output, before, record in zip(made, begun, ended, strict=True):
+            if record is not None and record != before:
+                output.note(record)
             output.finish()
         verify_unchanged(checkpoints)
         for output in made:
@@ -430,6 +442,7 @@ def plan_average(
         integers=integers,
         allow_nonfinite=allow_nonfinite,
         record=record,
+        digests=record == "sha256" and output is not None,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else available_cores(),

@@ -1,13 +1,11 @@
-"""Inputs opened and verified: several together, and files for all of them."""
+"""Inputs opened together, and files for all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 from wavg.checkpoint import Checkpoint
 from wavg.formats import open_file
@@ -15,15 +13,10 @@ from wavg.shortage import shortages
 
 __all__ = [
     "available_cores",
-    "digests",
     "opened",
     "uncollected",
-    "verify_checksums",
     "verify_unchanged",
 ]
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 def available_cores() -> int:
@@ -77,50 +70,6 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def verify_checksums(
-    checkpoints: Iterable[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
-) -> None:
-    """Compare what files record of their own bytes with these, several at a time."""
-    pairs = [(c.verify_checksum, checksum) for c in checkpoints for checksum in c.index.checksums]
-    for size in _side_by_side(lambda pair, stop: pair[0](pair[1], stop), pairs, workers):
-        if tick is not None:
-            tick(size)
-
-
-def digests(
-    checkpoints: Sequence[Checkpoint], workers: int, tick: Callable[[int], object] | None = None
-) -> list[str | dict[str, str]]:
-    """Return each checkpoint's SHA-256; where it has several files, that of each by its name."""
-    files = [(c, number) for c in checkpoints for number in range(len(c.index.files))]
-    hashes = _side_by_side(lambda pair, stop: pair[0].sha256(pair[1], stop), files, workers)
-    result: list[str | dict[str, str]] = []
-    for checkpoint in checkpoints:
-        found = {}
-        for identity in checkpoint.index.files:
-            found[os.path.basename(identity.path)] = next(hashes)
-            if tick is not None:
-                tick(identity.size)
-        result.append(found if len(found) > 1 else found.popitem()[1])
-    return result
-
-
-def _side_by_side(
-    work: Callable[[A, threading.Event], B], items: Sequence[A], workers: int
-) -> Iterator[B]:
-    """Yield what becomes of each item, in order, several at a time; they stop where this ends."""
-    if not items:
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="wavg-checksum")
-    try:
-        yield from pool.map(lambda item: work(item, stop), items)
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)  # at once on Ctrl-C, and before files are closed
 
 
 def verify_unchanged(checkpoints: Iterable[Checkpoint]) -> None:

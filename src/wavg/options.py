@@ -31,6 +31,7 @@ class Options:
     integers: str = "reference"
     allow_nonfinite: bool = False
     record: str = "inputs"
+    digests: bool = False  # whether the inputs' SHA-256 are made
     max_shard_size: int | None = None
     max_memory: int = 64 * MIB
     workers: int = 1

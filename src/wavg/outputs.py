@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from wavg import publish
@@ -45,6 +46,14 @@ class Output(NamedTuple):
     templates: list[Template]
     sink: FileSink
     published: Sequence[Atomic]
+    noted: Callable[[str], list[Template]] | None = None
+
+    def note(self, record: str) -> None:
+        """Write another record, of the same length, where the output has one."""
+        if self.noted is not None:
+            for template, file in zip(self.noted(record), self.files, strict=True):
+                for offset, data in template.pieces:
+                    file.write(data, offset)
 
     def finish(self) -> None:
         """Do what is left when all numbers are written."""
@@ -129,14 +138,16 @@ def planned(
         _begin_set(parts, overwrite)
     with _begun(parts, target if folder else None, overwrite) as (files, published):
         with _failures(files), uncollected():
-            templates = _templates(row, plan, reference, parts, files)
+            bare = templates = _templates(row, plan, reference, parts, files)
+            noted: Callable[[str | None], list[Template]] | None = None
             if row.recorded and (record or KEY in reference.index.metadata):
-                templates = load_module(row.name).noted(templates, reference, KEY, record)
+                noted = functools.partial(load_module(row.name).noted, bare, reference, KEY)
+                templates = noted(record)
         sink = FileSink(files, templates, reference)
         for made in published:
             if isinstance(made, AtomicFolder):
                 _carry(plan, beside(reference.path), made)
-        yield Output(files, templates, sink, published)
+        yield Output(files, templates, sink, published, noted)
 
 
 def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:

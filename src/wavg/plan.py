@@ -62,7 +62,7 @@ class Plan:
         Elements read at once from each input, and how many blocks are in flight.
     bytes_read, bytes_written
         What the run moves, the reference's carried-over bytes included. Averages made in one pass
-        share what is read.
+        share what is read; checksums and digests are made of what is read anyway.
     disk_bytes
         What the output takes on the disk, but for what a new layout adds (headers); 0 for arrays.
     projected_memory
@@ -178,9 +178,6 @@ def make_plans(
         readers = len(indexes) if kind.action == "average" or kind.compare else 1
         read += readers * (count * lookup(kind.source).bits // 8)  # the same in every input
         result += count * lookup(kind.target).bits // 8
-    read += sum(checksum.extent.length for index in indexes for checksum in index.checksums)
-    if options.record == "sha256" and not in_memory:
-        read += sum(identity.size for index in indexes for identity in index.files)
     carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
     disk = result + carried
     if patches:  # the rest of the files stays

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from wavg import outputs
 from wavg.checkpoint import Checkpoint, TensorSpec
+from wavg.digests import verify_checksums
 from wavg.dtypes import dtype_of
 from wavg.errors import OutputError
 from wavg.formats import open_file
 from wavg.inputs import PathLike
-from wavg.opening import available_cores, uncollected, verify_checksums
+from wavg.opening import available_cores, uncollected
 from wavg.shortage import shortages
 
 __all__ = ["load", "open_checkpoint", "save"]

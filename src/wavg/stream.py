@@ -19,6 +19,7 @@ from wavg.blas import single_blas_thread
 from wavg.checkpoint import Checkpoint, Sink, TensorSpec, reading
 from wavg.combination import Combination
 from wavg.decisions import Decision
+from wavg.digests import Digests
 from wavg.dtypes import DType
 from wavg.errors import NonFiniteError, StructureMismatchError
 from wavg.kernel import Combiner, reads_files
@@ -40,6 +41,7 @@ def run(
     checkpoints: Sequence[Checkpoint],
     sinks: Sequence[Sink],
     *,
+    digests: Digests | None = None,
     executor: Executor | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[tuple[str, ...]]:
@@ -53,6 +55,8 @@ def run(
         The open inputs, oldest first; each plan takes the newest of them.
     sinks
         For each plan, what takes its results.
+    digests
+        Of the checkpoints: they are kept ahead of the blocks, and not finished.
     executor
         Runs the plan's workers; threads of its own by default. What workers elsewhere (processes)
         make comes back with their outcome and is written here.
@@ -70,21 +74,25 @@ def run(
         NaN or infinity in an input; names file, tensor and index.
     StructureMismatchError
         Integers differ, and the plan's policy is to refuse that.
+    CheckpointFormatError
+        The bytes of an input are not those of its checksum; it is raised before the others.
     """
     plan = plans[0]  # alike in all but their inputs and weights
     job = _Job(plans, checkpoints, sinks)
     newest: dict[str, int] = {}
+    chunks = _chunks(plan, len(checkpoints), sinks)
     with contextlib.ExitStack() as stack:
         stack.enter_context(single_blas_thread())
+        if digests:
+            stack.enter_context(_damage_first(digests))
+            chunks = _led(chunks, plan.layouts, digests)
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor  # a tenth of `import wavg`
 
             executor = stack.enter_context(
                 ThreadPoolExecutor(plan.workers, thread_name_prefix="wavg")
             )
-        for outcome in _submit_all(
-            executor, job, _chunks(plan, len(checkpoints), sinks), plan.workers
-        ):
+        for outcome in _submit_all(executor, job, chunks, plan.workers):
             for sink, writes in zip(sinks, outcome.writes, strict=False):
                 for write in writes:
                     sink.write(*write)
@@ -151,6 +159,38 @@ def _chunks(plan: Plan, inputs: int, sinks: Sequence[Sink]) -> Iterator[list[_Av
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+@contextlib.contextmanager
+def _damage_first(digests: Digests) -> Iterator[None]:
+    """Have damaged bytes told as that, and not by what the numbers look like."""
+    try:
+        yield
+    except (NonFiniteError, StructureMismatchError):
+        digests.finish()
+        raise
+
+
+def _led(
+    chunks: Iterator[list[_Average | _Carry]], layouts: Sequence[int], digests: Digests
+) -> Iterator[list[_Average | _Carry]]:
+    """Let digests pass over every chunk before it is handed out."""
+    for chunk in chunks:
+        digests.reach(_ends(chunk, layouts))
+        yield chunk
+
+
+def _ends(
+    chunk: Sequence[_Average | _Carry], layouts: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield, for every input of every task, its number, its file, and where in that it ends."""
+    for task in chunk:
+        sources = task.run.sources if isinstance(task, _Average) else task.decision.sources
+        for number, layout in enumerate(layouts):
+            spec = sources[layout]
+            if spec.extent is not None:
+                file, offset, _ = spec.extent
+                yield number, file, offset + task.stop * max(1, spec.entry.itemsize)
 
 
 def _averages(plan: Plan, sinks: Sequence[Sink]) -> Iterator[_Average]:

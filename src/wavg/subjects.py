@@ -16,12 +16,13 @@ import numpy.typing as npt
 from wavg import outputs
 from wavg.checkpoint import Checkpoint, Sink
 from wavg.decisions import Decision
+from wavg.digests import verify_checksums
 from wavg.errors import NonFiniteError
 from wavg.files import plan_average
 from wavg.formats import is_checkpoint_name
 from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike
-from wavg.opening import opened, verify_checksums
+from wavg.opening import opened
 from wavg.plan import Plan
 from wavg.prefix_sums import PrefixSums
 from wavg.prefixes import Step

@@ -7,15 +7,21 @@ needs to know no format. A format comes in only where its layout changes.
 from __future__ import annotations
 
 import bisect
+import errno
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from wavg.checkpoint import Checksum, Index, TensorSpec, crc32
+import numpy as np
+
+from wavg.checkpoint import Checksum, Index, TensorSpec
 from wavg.extents import Extent, complement
-from wavg.positional import write_exactly
+from wavg.positional import read_exactly, write_exactly
 
 __all__ = ["Part", "Template", "can_patch_in_place", "in_place", "mend"]
+
+_PIECE_BYTES = 256 << 10
 
 
 class Part(NamedTuple):
@@ -112,6 +118,17 @@ def _touched(checksums: Sequence[Checksum], extents: Iterable[Extent]) -> list[C
 def mend(descriptor: int, checksums: Iterable[Checksum]) -> None:
     """Compute checksums anew, and write each wherever the file keeps it."""
     for checksum in checksums:
-        value = crc32(descriptor, checksum.extent).to_bytes(4, "little")
+        value = _crc32(descriptor, checksum.extent).to_bytes(4, "little")
         for place in checksum.places:
             write_exactly(descriptor, value, place)
+
+
+def _crc32(descriptor: int, extent: Extent) -> int:
+    value, end = 0, extent.offset + extent.length
+    buffer = np.empty(min(_PIECE_BYTES, extent.length), np.uint8)
+    for offset in range(extent.offset, end, _PIECE_BYTES):
+        part = buffer[: end - offset]
+        if not read_exactly(descriptor, offset, part):
+            raise OSError(errno.EIO, "the file in the making has become shorter")
+        value = zlib.crc32(part.data, value)
+    return value

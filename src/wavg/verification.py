@@ -17,11 +17,12 @@ import numpy.typing as npt
 from wavg import stream
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.decisions import Decision
-from wavg.errors import CheckpointFormatError, WavgError
+from wavg.digests import Digest, Digests
+from wavg.errors import CheckpointFormatError, NonFiniteError, WavgError
 from wavg.formats import open_file
 from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike, expand
-from wavg.opening import available_cores, digests, opened, verify_checksums, verify_unchanged
+from wavg.opening import available_cores, opened, verify_unchanged
 from wavg.options import IN_THE_NUMBERS, Options, parse_size
 from wavg.plan import Weighting, make_plans
 from wavg.record import Record, Source
@@ -131,10 +132,14 @@ def verify(
         else:
             paths = _located(record, [[_given(inputs)]], made.path, whatever_size=True)
         workers = workers if workers is not None else available_cores()
-        options = _options(record, made.path, max_memory=parse_size(max_memory), workers=workers)
+        options = _options(
+            record,
+            made.path,
+            digests=any(source.sha256 for source in record.sources),
+            max_memory=parse_size(max_memory),
+            workers=workers,
+        )
         with opened(paths, opaque_dtype, isolate) as checkpoints:
-            faults = [*_changes(record, checkpoints, workers)]
-            verify_checksums(checkpoints, workers)
             weights = np.array([source.coefficient for source in record.sources])
             (plan,) = make_plans(
                 [checkpoint.index for checkpoint in checkpoints],
@@ -145,7 +150,7 @@ def verify(
                 output_format=None,
             )
             decisions = [decision._replace(compare=False) for decision in plan.decisions]
-            faults += _differences(decisions, made)
+            faults = [*_differences(decisions, made)]
             known = {name: made.spec(name) for name in made}
             decisions = [d for d in decisions if _alike(d.output, known.get(d.spec.name))]
             numbers = sum(decision.spec.size for decision in decisions)
@@ -154,10 +159,15 @@ def verify(
                 parts = _sample(decisions, made, blocks, random.Random(seed))
             sink = _Comparison(made, parts)
             looked_at = dataclasses.replace(plan, decisions=tuple(part.decision for part in parts))
-            stream.run([looked_at], checkpoints, [sink])
+            with Digests(checkpoints, plan.workers, sha256=options.digests) as digests:
+                try:
+                    stream.run([looked_at], checkpoints, [sink], digests=digests)
+                except NonFiniteError as error:
+                    faults.append(f"it cannot be computed again: {error}")
+                changes = [*_changes(record, checkpoints, digests.finish())]
             verify_unchanged([*checkpoints, made])
     compared = sum(part.decision.spec.size for part in parts)
-    faults += sink.faults()
+    faults = [*changes, *faults, *sink.faults()]
     return Verification(made.path, record, tuple(paths), compared, numbers, tuple(faults))
 
 
@@ -298,12 +308,12 @@ def _size(path: str) -> int:
         return -1  # no checkpoint, so not one of the inputs
 
 
-def _changes(record: Record, checkpoints: Sequence[Checkpoint], workers: int) -> Iterator[str]:
+def _changes(
+    record: Record, checkpoints: Sequence[Checkpoint], hashes: Sequence[Digest | None]
+) -> Iterator[str]:
     """Tell the inputs that are not those which the record names."""
-    asked = [(s, c) for s, c in zip(record.sources, checkpoints, strict=True) if s.sha256]
-    found = digests([checkpoint for _, checkpoint in asked], workers)
-    for (source, checkpoint), digest in zip(asked, found, strict=True):
-        if digest != source.sha256:
+    for source, checkpoint, digest in zip(record.sources, checkpoints, hashes, strict=True):
+        if source.sha256 and digest != source.sha256:
             yield f"{_which(digest, source, checkpoint)} does not have the SHA-256 recorded for it"
     for source, checkpoint in zip(record.sources, checkpoints, strict=True):
         size = sum(identity.size for identity in checkpoint.index.files)
@@ -311,8 +321,8 @@ def _changes(record: Record, checkpoints: Sequence[Checkpoint], workers: int) ->
             yield f"{checkpoint.path} has {size:,} bytes, and {source.size:,} are recorded"
 
 
-def _which(digest: str | Mapping[str, str], source: Source, checkpoint: Checkpoint) -> str:
-    if isinstance(digest, str) or not isinstance(source.sha256, Mapping):
+def _which(digest: Digest | None, source: Source, checkpoint: Checkpoint) -> str:
+    if not isinstance(digest, dict) or not isinstance(source.sha256, Mapping):
         return checkpoint.path
     names = sorted({*digest, *source.sha256})
     wrong = [name for name in names if digest.get(name) != source.sha256.get(name)]

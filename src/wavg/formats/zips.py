@@ -74,7 +74,7 @@ def is_safe(name: str) -> bool:
 def read_members(path: str) -> list[Member]:
     """Read an archive's directory and check what it says of its members.
 
-    Checksums of stored members are left to `Checkpoint.verify_checksum`; compressed ones are
+    Checksums of stored members are left to `wavg.digests`; compressed ones are
     unpacked once, block by block, to compare theirs.
 
     Raises
