@@ -43,8 +43,8 @@ def fit(
     if created is not None:
         fixed += _CREATED_BYTES * len(indexes[-1].tensors) * outputs
     total = sum(elements.values())  # neighbours are read as one
-    kinds = [kind for kind in elements if kind.action == "average" or kind.compare]
-    widest = max(lookup(kind.source).itemsize for kind in kinds if kind.action == "average")
+    kinds = [kind for kind in elements if kind.averaged or kind.compare]
+    widest = max(lookup(kind.source).itemsize for kind in kinds if kind.averaged)
     in_place = all(spec.extent is not None for table in tables for spec in table)
     wanted = max(1, min((_BLOCK_BYTES if in_place else _UNPACKED_BYTES) // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
@@ -77,7 +77,7 @@ def _worker_bytes(
     buffer = scratch = 0  # a worker keeps the largest buffer, whatever it has in hand
     for kind in kinds:
         source, target = lookup(kind.source), lookup(kind.target)
-        if kind.action != "average":
+        if not kind.averaged:
             buffer = max(buffer, 2 * block * max(1, source.itemsize))
             continue
         formats = source.component, target.component
