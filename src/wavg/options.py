@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from wavg.alignment import ALIGNMENTS
@@ -74,9 +75,9 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+)(?:\.(\d+))?\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write 64MiB, 512MB or a number of bytes")
-    whole, part, letter, binary = match.groups("")
+    number, letter, binary = match.groups("")
     unit = (1024 if binary else 1000) ** " kmgt".index(letter.lower() or " ")
-    return int(whole + part) * unit // 10 ** len(part)  # in floats 1.001k would be 1,000
+    return int(Fraction(number) * unit)  # in floats 1.001k would be 1,000
