@@ -378,3 +378,12 @@ def test_the_design_page_names_every_module():
     page = (ROOT.parent.parent / "docs" / "design.md").read_text("utf-8")
     names = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__", "_version"}
     assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_every_module_whose_branches_are_counted_exists():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    text = (ROOT.parent.parent / "pyproject.toml").read_text("utf-8")
+    patterns = tomllib.loads(text)["tool"]["coverage"]["run"]["include"]
+    assert patterns == sorted(patterns)
+    for pattern in patterns:
+        assert [*ROOT.glob(pattern.removeprefix("*/wavg/"))], pattern

@@ -500,7 +500,12 @@ def test_no_thread_to_be_had_is_told_and_leaves_the_old_output(tmp_path, monkeyp
 
 
 def test_other_errors_are_not_taken_for_shortages():
-    for error in (RuntimeError("else"), SystemError("else"), wavg.MemoryBudgetError("too little")):
+    for error in (
+        RuntimeError("else"),
+        SystemError("else"),
+        wavg.MemoryBudgetError("too little"),
+        OutOfMemoryError("told already"),
+    ):
         with pytest.raises(type(error)) as caught, shortages():
             raise error
         assert caught.value is error

@@ -310,3 +310,23 @@ def test_the_output_is_named_after_all_inputs():
         save(f"m_{step}.safetensors", step)
     report = wavg.average_checkpoints("m_*", "o{last}.npz", weights="lawa:last=1", sort=True)
     assert report.output == "o3.npz"
+
+
+# What averages say of themselves
+
+
+def test_own_steps_are_those_of_the_records_or_none_at_all():
+    paths = [save("b.safetensors", wavg=RECORD), save("a.safetensors", wavg=SOONER)]
+    assert recorded.own_steps(paths, wavg.open_checkpoint) == (700, 600)
+    paths.append(save("c.safetensors", step="9"))
+    assert recorded.own_steps(paths, wavg.open_checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({}, "linear"), ({"window": 3}, "linear (window=3)")]
+)
+def test_the_schedule_that_made_an_average_is_told_with_its_window(options, text):
+    made = wavg.Record("linear", 9.0, (), 5, options).text()
+    path = save("a.safetensors", wavg=made)
+    assert recorded.recorded_weights(path, wavg.open_checkpoint) == text
+    assert recorded.recorded_weights(save("b.safetensors"), wavg.open_checkpoint) is None

@@ -46,8 +46,8 @@ def fit(
     passed = options.digests or any(index.checksums for index in indexes)
     beside = _DIGEST_BYTES if passed else 0
     total = sum(elements.values())  # neighbours are read as one
-    kinds = [kind for kind in elements if kind.action == "average" or kind.compare]
-    widest = max(lookup(kind.source).itemsize for kind in kinds if kind.action == "average")
+    kinds = [kind for kind in elements if kind.averaged or kind.compare]
+    widest = max(lookup(kind.source).itemsize for kind in kinds if kind.averaged)
     in_place = all(spec.extent is not None for table in tables for spec in table)
     wanted = max(1, min((_BLOCK_BYTES if in_place else _UNPACKED_BYTES) // widest, total))
     most = max(1, min(options.workers, -(-total // wanted)))
@@ -80,7 +80,7 @@ def _worker_bytes(
     buffer = scratch = 0  # a worker keeps the largest buffer, whatever it has in hand
     for kind in kinds:
         source, target = lookup(kind.source), lookup(kind.target)
-        if kind.action != "average":
+        if not kind.averaged:
             buffer = max(buffer, 2 * block * max(1, source.itemsize))
             continue
         formats = source.component, target.component

@@ -57,6 +57,11 @@ class Kind:
     target: str
     compare: bool
 
+    @property
+    def averaged(self) -> bool:
+        """Whether they are averaged, rather than carried over."""
+        return self.action == "average"
+
     def output(self, spec: TensorSpec) -> TensorSpec:
         """Return a tensor as it is to be written."""
         return spec._replace(dtype=self.target, extent=None)
@@ -68,10 +73,8 @@ def decide(
     """Return what happens to each tensor, and the elements of each kind in all."""
     kinds = _kinds(reference, options)
     elements = dict.fromkeys(kinds, 0)
-    for kind, count in zip(
-        kinds, map(math.prod, [s.shape for s in reference.tensors]), strict=True
-    ):
-        elements[kind] += count
+    for kind, spec in zip(kinds, reference.tensors, strict=True):
+        elements[kind] += math.prod(spec.shape)
     decisions = []
     for kind, spec, found in zip(kinds, reference.tensors, sources, strict=True):
         output = spec if kind.target == kind.source else kind.output(spec)

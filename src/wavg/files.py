@@ -488,7 +488,6 @@ def _plans(
             selection.steps,
             weightings,
             options,
-            patches=created is not None and created.name == reference.format,
             output_format=created.name if created else None,
         )
     if options.max_shard_size is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from wavg.alignment import ALIGNMENTS
@@ -75,8 +76,9 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write 64MiB, 512MB or a number of bytes")
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    number, letter, binary = match.groups("")
+    unit = (1024 if binary else 1000) ** " kmgt".index(letter.lower() or " ")
+    return int(Fraction(number) * unit)  # in floats 1.001k would be 1,000

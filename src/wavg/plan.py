@@ -5,7 +5,7 @@ Pure functions from indexes and options to a frozen `Plan`. It touches no file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from wavg.alignment import align
 from wavg.budget import fit
 from wavg.checkpoint import Index, TensorSpec
-from wavg.decisions import Decision, check_patterns, decide
+from wavg.decisions import Decision, Kind, check_patterns, decide
 from wavg.dtypes import lookup
 from wavg.errors import WavgError
 from wavg.options import Options
@@ -129,7 +129,6 @@ def make_plans(
     weightings: Sequence[Weighting],
     options: Options,
     *,
-    patches: bool,
     output_format: str | None,
 ) -> list[Plan]:
     """Decide on one or several averages to be made in one pass over the inputs.
@@ -146,10 +145,9 @@ def make_plans(
         The averages.
     options
         What was asked for.
-    patches
-        Whether an output is the reference file with its numbers replaced, rather than a new file.
     output_format
-        The name of the outputs' format; None if the result is arrays.
+        The name of the outputs' format; None if the result is arrays. An output of the reference's
+        is that file with its numbers replaced, any other a new file.
 
     Raises
     ------
@@ -162,28 +160,25 @@ def make_plans(
     """
     reference = indexes[-1]
     _refuse_states(indexes)
-    in_memory = output_format is None
     layouts, sources = align(indexes, options.align)
     check_patterns(reference, options)
     decisions, elements = decide(reference, sources, options)
-    if not any(kind.action == "average" for kind in elements):
+    if not any(kind.averaged for kind in elements):
         raise WavgError(f"{reference.path}: there is no tensor to average")
     averaged = (decision.spec.name for decision in decisions if decision.action == "average")
     refuse_quantised(reference.path, reference.tensors, averaged)
+    in_memory, patches = output_format is None, output_format == reference.format
     created = None if patches else output_format
     block, workers, projected = fit(indexes, elements, options, created, len(weightings))
-    keep_others = options.optimizer == "carry" and not in_memory and patches
-    read = result = 0
-    for kind, count in elements.items():
-        readers = len(indexes) if kind.action == "average" or kind.compare else 1
-        read += readers * (count * lookup(kind.source).bits // 8)  # the same in every input
-        result += count * lookup(kind.target).bits // 8
-    carried = sum(spec.nbytes for spec in reference.others) if keep_others else 0
-    disk = result + carried
-    if patches:  # the rest of the files stays
-        files = sum(identity.size for identity in reference.files)
-        specs = [*reference.tensors, *reference.others]
-        disk += files - sum(spec.nbytes for spec in specs)
+    keep_others = patches and options.optimizer == "carry"
+    carried = _nbytes(reference.others) if keep_others else 0
+    read = carried + _bytes_read(indexes, elements)
+    result = sum(count * lookup(kind.target).bits // 8 for kind, count in elements.items())
+    written = 0 if in_memory else result + carried
+    disk = written
+    if patches:  # the rest of the files stays; where tensors are compressed, that is a guess
+        rest = _file_bytes(reference) - _nbytes((*reference.tensors, *reference.others))
+        disk = max(0, written + rest)
     plans = []
     for schedule, coefficients, output in weightings:
         newest = slice(len(indexes) - len(coefficients), None)
@@ -204,14 +199,31 @@ def make_plans(
                 options=options,
                 block=block,
                 workers=workers,
-                bytes_read=read + carried,
-                bytes_written=0 if in_memory else result + carried,
-                disk_bytes=0 if in_memory else max(disk, 0),
+                bytes_read=read,
+                bytes_written=written,
+                disk_bytes=disk,
                 projected_memory=projected,
                 result_bytes=result if in_memory else 0,
             )
         )
     return plans
+
+
+def _bytes_read(indexes: Sequence[Index], elements: Mapping[Kind, int]) -> int:
+    """Return what the inputs' tensors make a run read, in bytes."""
+    read = 0
+    for kind, count in elements.items():
+        readers = len(indexes) if kind.averaged or kind.compare else 1
+        read += readers * (count * lookup(kind.source).bits // 8)  # the same in every input
+    return read
+
+
+def _nbytes(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs)
+
+
+def _file_bytes(index: Index) -> int:
+    return sum(identity.size for identity in index.files)
 
 
 def _refuse_states(indexes: Sequence[Index]) -> None:

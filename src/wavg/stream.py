@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -250,11 +250,19 @@ class _Scratch:
         return self._buffer[:size]
 
 
+class _Taker(Protocol):
+    """What workers ask of a `Sink`; whether it is joined, their tasks say."""
+
+    def wants(self, name: str) -> bool: ...
+
+    def write(self, name: str, start: int, values: Array) -> None: ...
+
+
 class _Job:
     """What the workers share; called with one chunk after the other."""
 
     def __init__(
-        self, plans: Sequence[Plan], checkpoints: Sequence[Checkpoint], sinks: Sequence[Sink]
+        self, plans: Sequence[Plan], checkpoints: Sequence[Checkpoint], sinks: Sequence[_Taker]
     ) -> None:
         self._plans, self._checkpoints, self._sinks = plans, checkpoints, sinks
         self._options, self._layouts = plans[0].options, plans[0].layouts
@@ -436,7 +444,7 @@ class _Elsewhere:
 
 
 class _Parcel:
-    """A sink that keeps what is to be written elsewhere (see `wavg.checkpoint.Sink`)."""
+    """Keeps what is to be written elsewhere."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
@@ -444,9 +452,6 @@ class _Parcel:
 
     def wants(self, name: str) -> bool:
         return name in self._names
-
-    def joined(self, names: Sequence[str]) -> bool:
-        raise AssertionError("tasks come with the answer")
 
     def write(self, name: str, start: int, values: Array) -> None:
         self.writes.append((name, start, values.copy()))

@@ -146,7 +146,6 @@ def verify(
                 [source.step for source in record.sources],
                 [Weighting(record.weights, weights, None)],
                 options,
-                patches=False,
                 output_format=None,
             )
             decisions = [decision._replace(compare=False) for decision in plan.decisions]
