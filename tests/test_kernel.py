@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import reference
 import strategies
-from wavg import kernel
+from wavg import compiled, kernel, tiles
 from wavg.combination import Combination
 from wavg.dtypes import lookup
 from wavg.errors import NonFiniteError, WavgError, WeightError
@@ -23,12 +23,12 @@ from wavg.rounding import round_to
 def step(request):
     """Every test here runs with step 1 compiled and in NumPy."""
     if request.param == "compiled":
-        if not kernel.COMPILED:
+        if not compiled.COMPILED:
             pytest.skip("wavg was installed without a C compiler")
         yield
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernel, "_compiled", None)
+            patch.setattr(compiled, "COMPILED", False)
             yield
 
 
@@ -259,7 +259,7 @@ def test_the_oracle_itself_sees_a_planted_error():
 def test_every_finite_float16_widens_exactly():
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     out = np.empty(2**16, np.float32)
-    kernel._widen_half(halves, out)
+    tiles._widen_half(halves, out)
     finite = np.isfinite(halves)
     expected = np.ldexp(halves[finite].astype(np.float64), -112)
     assert out[finite].astype(np.float64).tobytes() == expected.tobytes()
@@ -318,10 +318,10 @@ def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
     weights = [[1, 1, 1, 1, 1], [0.1, 0.1, 0.3, 0.3, 0], [2, 0, 0, 0, 1]]
     if with_hopeless:
         weights.append(hopeless)
-    if kernel._compiled is None:
+    if not compiled.COMPILED:
         pytest.skip("it is the compiled step that reads")
-    monkeypatch.setattr(kernel, "_SHORTEST", 1)
-    monkeypatch.setattr(kernel, "_PORTION", 5 * 1500 * 4)
+    monkeypatch.setattr(compiled, "_SHORTEST", 1)
+    monkeypatch.setattr(compiled, "_PORTION", 5 * 1500 * 4)
     rng = np.random.default_rng(1)
     block = rng.standard_normal((5, 4099)).astype(lookup(source).numpy)
     block[:, 2000:2100] = 0
@@ -337,7 +337,7 @@ def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
     expected = np.empty((len(weights), 4099), lookup(target).numpy)
     found = np.empty_like(expected)
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "_compiled", None)
+        patch.setattr(compiled, "COMPILED", False)
         combine(Combination.of(weights), block, expected, allow_nonfinite=True)
     with open(tmp_path / "rows", "w+b") as file:
         file.write(b"head" + block.tobytes())
@@ -345,14 +345,17 @@ def test_rows_read_from_files_give_the_bytes_of_rows_in_memory(
         offsets = 4 + np.arange(5, dtype=np.int64) * block[0].nbytes
         descriptors = np.full(5, file.fileno(), np.intc)
         counts = []
-        settle = combiner._settle_flagged
-        monkeypatch.setattr(
-            combiner, "_settle_flagged", lambda *a: (counts.append(a[:2]), settle(*a))[1]
-        )
+        settle = combiner._leftovers.settle
+
+        def counting(portion, outs):
+            counts.append(int(portion.flags[1].sum()))
+            settle(portion, outs)
+
+        monkeypatch.setattr(combiner._leftovers, "settle", counting)
         combiner.from_files(descriptors, offsets, found)
         assert found.tobytes() == expected.tobytes()
         if lookup(source).precision >= lookup(target).precision and not with_hopeless:
-            left = [n for index, n in counts if index == 1 and n]
+            left = [n for n in counts if n]
             assert len(left) >= 2
             assert 5 <= sum(left) <= 4099 // 8  # few: picked one by one
         with pytest.raises(EOFError) as caught:
