@@ -23,11 +23,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import tomllib
 from common import figures_of, record
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ GROUPS = {
             "rounding",
             "exact",
         ),
-        ("tests/test_kernel.py",),
+        ("tests/test_kernel_parts.py", "tests/test_kernel.py"),
         FIXED,
     ),
     "plan": Group(("plan",), ("tests/test_files.py",), FIXED),

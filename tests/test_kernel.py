@@ -63,7 +63,7 @@ def test_every_element_is_the_correctly_rounded_mean(dtype, data, inputs):
 @pytest.mark.parametrize("source", strategies.FLOATS)
 def test_rounds_once_into_another_dtype(source, target):
     rng = np.random.default_rng(5)
-    block = rng.standard_normal((7, 500)).astype(lookup(source).numpy)
+    block = rng.standard_normal((7, 200)).astype(lookup(source).numpy)
     assert_exact([1, 2, 3, 4, 5, 6, 7], block, target)
     assert_exact(np.exp(np.arange(7) / 2.0), block, target)
 
@@ -110,7 +110,7 @@ def test_exact_ties_go_to_even(dtype, inputs):
 def test_wide_exponent_spans_where_a_float64_sum_goes_wrong():
     rng = np.random.default_rng(1)
     values = np.ldexp(
-        rng.integers(128, 256, (10, 4000)).astype(float), rng.integers(-120, 100, (10, 4000))
+        rng.integers(128, 256, (10, 900)).astype(float), rng.integers(-120, 100, (10, 900))
     )
     block = (values * rng.choice([-1, 1], values.shape)).astype(lookup("bfloat16").numpy)
     assert_exact(np.arange(1, 11), block)
@@ -139,13 +139,13 @@ def test_order_of_inputs_does_not_matter(data, dtype):
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
-def test_bytes_do_not_depend_on_where_a_block_is_cut(dtype, monkeypatch):
+def test_bytes_do_not_depend_on_where_a_block_is_cut(dtype):
     rng = np.random.default_rng(3)
-    block = rng.standard_normal((5, 5000)).astype(lookup(dtype).numpy)
+    block = rng.standard_normal((5, 700)).astype(lookup(dtype).numpy)
     weights = np.exp(np.arange(5) / 2)
     whole = mean(weights, block)
     for cut in (1, 7, 333):
-        parts = [mean(weights, block[:, i : i + cut]) for i in range(0, 5000, cut)]
+        parts = [mean(weights, block[:, i : i + cut]) for i in range(0, 700, cut)]
         assert np.concatenate(parts).tobytes() == whole.tobytes()
 
 
@@ -223,7 +223,7 @@ def test_round_to_is_correct_at_and_around_every_tie(name):
     values = np.unique(values[np.isfinite(values)])
     middles = (values[1:] + values[:-1]) / 2
     for points in (values, middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)):
-        points = points[::17]
+        points = points[::57]
         ours = round_to(points, entry)
         right = [reference.round_fraction(Fraction(p), entry) for p in points.tolist()]
         np.testing.assert_array_equal(ours.astype(float), right)
