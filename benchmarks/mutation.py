@@ -1,11 +1,11 @@
 """Break the code on purpose, one small change at a time, and see whether the tests tell.
 
-    python benchmarks/mutation.py GROUP [--folder FOLDER] [--again] [--minutes 40]
+    python benchmarks/mutation.py GROUP [--folder FOLDER] [--again] [--only PATTERN] [--minutes 40]
 
-GROUP is one of `GROUPS` below: modules, and the tests that judge them. mutmut makes the mutants and
-runs the tests in forks of a process that has imported everything (``pip install mutmut==3.8.1``);
-it works on a copy, in FOLDER, of what it needs. With ``--again`` what was killed there before stays
-killed, and only the rest is run.
+GROUP is one of `GROUPS` below: modules, and the tests that judge them. mutmut makes the mutants
+(``pip install mutmut==3.8.1``), in a copy in FOLDER of what is needed; mutation_run.py runs the
+tests. With ``--again`` what was killed there before is taken for killed, and only the rest is run;
+with ``--only``, of that what the pattern names, nothing if it is empty.
 
 A mutant that no test tells from the original needs a reason in survivors.toml, found by module,
 function and text, not by a number. The script fails on one without, and on a reason for nothing.
@@ -14,7 +14,6 @@ function and text, not by a number. The script fails on one without, and on a re
 from __future__ import annotations
 
 import argparse
-import collections
 import difflib
 import json
 import os
@@ -23,12 +22,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import tomllib
-from common import figures_of, record
+from common import RESULTS, figures_of, record
 
 ROOT = Path(__file__).parent.parent
 REASONS = Path(__file__).parent / "survivors.toml"
@@ -67,8 +65,8 @@ KINDS = {
     "same": "the same value for whatever can come",
     "wider": "a bound that is wider than it need be: more goes to the next step, to the same bytes",
 }
-KILLED, SURVIVED, UNTESTED = (1, 3), 0, (5, 33)
-TIMED_OUT = (36, -24, 24, 152, 255)
+THEIRS = "from mutmut.mutation.trampoline import wrap_in_trampoline as _mutmut_mutated, MutantDict"
+OURS = "from mutation_run import switch as _mutmut_mutated, MutantDict"
 
 
 class Mutant(NamedTuple):
@@ -86,58 +84,55 @@ class Mutant(NamedTuple):
 # --- the run --------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, group: Group) -> None:
-    """Copy what a run needs, and say in setup.cfg what is to be done."""
+def prepare(folder: Path, group: Group) -> dict[str, Mutant]:
+    """Copy what a run needs, with the modules mutated; return the mutants by mutmut's names."""
+    from mutmut.mutation.file_mutation import mutate_file_contents
+
     for name in ("src", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    shutil.rmtree(folder / "mutants" / "tests", ignore_errors=True)
-    (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)  # tests may have changed
-    lists = {
-        "source_paths": ("src/wavg",),
-        "only_mutate": tuple(f"src/wavg/{module}.py" for module in group.modules),
-        "pytest_add_cli_args_test_selection": group.tests,
-        "pytest_add_cli_args": ("-p", "no:cacheprovider", *group.options),
+    mutants = {}
+    for module in group.modules:
+        path = folder / "src" / "wavg" / f"{module}.py"
+        mutated = mutate_file_contents(str(path), path.read_text("utf-8"))
+        assert THEIRS in mutated.code
+        path.write_text(mutated.code.replace(THEIRS, OURS), "utf-8")
+        lines = mutated.code.splitlines()
+        spans = mutated.line_span_by_function_name
+        for name in mutated.mutant_names:
+            stem = name.partition("__mutmut_")[0]
+            texts = []
+            for key in (f"{stem}__mutmut_orig", name):
+                body = lines[spans[key].start - 1 : spans[key].end]
+                texts.append([line.strip().replace(key, stem) for line in body])
+            changed = list(difflib.ndiff(*texts))
+            was, becomes = (" ".join(t[2:] for t in changed if t.startswith(c)) for c in "-+")
+            function = re.sub("^(x_|xǁ)", "", stem).replace("ǁ", ".")
+            mutants[f"wavg.{module}.{name}"] = Mutant(module, function, was, becomes)
+    return mutants
+
+
+def run(folder: Path, group: Group, names: list[str], minutes: float) -> None:
+    """Run the tests against mutants, one process at a time, for so long at most."""
+    (folder / "asked.json").write_text(json.dumps(names))
+    plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "-q")
+    command = [sys.executable, "-m", "pytest", *plugin, *group.options, *group.tests]
+    environment = {
+        "PYTHONPATH": os.pathsep.join((str(folder / "src"), str(Path(__file__).parent))),
+        "MUTATION_FOLDER": str(folder),
+        "MUTATION_MINUTES": str(minutes),
+        "OPENBLAS_NUM_THREADS": "1",  # threads do not outlive a fork
     }
-    text = ["[mutmut]", "timeout_multiplier = 5", "timeout_constant = 5"]
-    for key, values in lists.items():
-        text += [f"{key} =", *(f"    {value}" for value in values)]
-    (folder / "setup.cfg").write_text("\n".join(text) + "\n")
+    subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
+    print()
 
 
-def run(folder: Path, names: list[str], minutes: float) -> None:
-    """Run mutmut, one process at a time, or end it after a while."""
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        subprocess.run(command, cwd=folder, env=environment, timeout=minutes * 60, check=True)
-    except subprocess.TimeoutExpired:
-        print(f"ended after {minutes:g} minutes; go on with --again")
-
-
-def outcomes(folder: Path, module: str) -> dict[str, int | None]:
-    """Return the tests' exit codes by the mutants' names; None of one that was not run."""
-    path = folder / "mutants" / "src" / "wavg" / f"{module}.py.meta"
-    codes: dict[str, int | None] = json.loads(path.read_text())["exit_code_by_key"]
-    return codes
-
-
-def mutant_of(folder: Path, module: str, name: str) -> Mutant:
-    """Find what a mutant's name stands for in the file that mutmut wrote."""
-    path = folder / "mutants" / "src" / "wavg" / f"{module}.py"
-    spans = json.loads(Path(f"{path}.spans").read_text())["spans"]
-    lines = path.read_text().splitlines()
-    mangled = name.rpartition(".")[2]
-    stem = mangled.partition("__mutmut_")[0]
-
-    def body(key: str) -> list[str]:
-        first, last = spans[key]
-        return [line.strip().replace(key, stem) for line in lines[first - 1 : last]]
-
-    changed = list(difflib.ndiff(body(f"{stem}__mutmut_orig"), body(mangled)))
-    was, becomes = (" ".join(t[2:] for t in changed if t.startswith(sign)) for sign in "-+")
-    return Mutant(module, re.sub(r"^x_|^xǁ", "", stem).replace("ǁ", "."), was, becomes)
+def outcomes(folder: Path) -> dict[str, str]:
+    """Return what became of mutants, by name: the last of each counts."""
+    path = folder / "outcomes.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(line.split("\t") for line in lines)  # type: ignore[misc]
 
 
 # --- the reasons ----------------------------------------------------------------------------------
@@ -191,33 +186,28 @@ def reasons(path: Path = REASONS) -> list[Reason]:
 # --- the count ------------------------------------------------------------------------------------
 
 
-def count(folder: Path, group: Group, known: list[Reason]) -> tuple[dict[str, dict], list[str]]:
+def count(
+    mutants: dict[str, Mutant], found: dict[str, str], group: Group, known: list[Reason]
+) -> tuple[dict[str, dict], list[str]]:
     """Return the figures by module, and what is wrong."""
-    figures, wrong = {}, []
+    empty = dict.fromkeys(("mutants", "killed", "timed out", *KINDS, "unexplained"), 0)
+    figures = {module: dict(empty) for module in group.modules}
+    wrong = []
     used: set[Reason] = set()
-    for module in group.modules:
-        counts: collections.Counter = collections.Counter(mutants=0, killed=0, timed_out=0)
-        counts |= dict.fromkeys((*KINDS, "unexplained", "not_run"), 0)
-        for name, code in outcomes(folder, module).items():
-            counts["mutants"] += 1
-            if code is None or code == 2:
-                counts["not_run"] += 1
-            elif code in TIMED_OUT:
-                counts["timed_out"] += 1
-            elif code != SURVIVED and code not in UNTESTED:  # a crash is told as well
-                counts["killed"] += 1
+    for name, mutant in mutants.items():
+        outcome = found.get(name, "not run")
+        if outcome in ("survived", "untested"):
+            reason = next((one for one in known if one.explains(mutant)), None)
+            if reason:
+                used.add(reason)
             else:
-                mutant = mutant_of(folder, module, name)
-                reason = next((one for one in known if one.explains(mutant)), None)
-                if reason:
-                    used.add(reason)
-                    counts[reason.kind] += 1
-                else:
-                    counts["unexplained"] += 1
-                    wrong.append(f"{'survived' if code == SURVIVED else 'not tested'}: {mutant}")
-        if counts["not_run"]:
-            wrong.append(f"{counts['not_run']} mutants of {module} were not run")
-        figures[module] = {key: counts[key] for key in counts}
+                wrong.append(f"{outcome}: {mutant}")
+            outcome = reason.kind if reason else "unexplained"
+        elif outcome == "not run":
+            wrong.append(f"not run: {name}")
+            continue
+        figures[mutant.module]["mutants"] += 1
+        figures[mutant.module][outcome] += 1
     for reason in known:
         if reason.module in group.modules and reason not in used:
             text = reason.pattern or f"{reason.was} -> {' or '.join(reason.becomes)}"
@@ -225,43 +215,43 @@ def count(folder: Path, group: Group, known: list[Reason]) -> tuple[dict[str, di
     return figures, wrong
 
 
-def rest(folder: Path, group: Group) -> Iterator[str]:
-    """Yield the mutants that were not killed before."""
-    for module in group.modules:
-        for name, code in outcomes(folder, module).items():
-            if code in (None, SURVIVED, *UNTESTED):
-                yield name
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--only", help="a regular expression of mutants to run")
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--look", action="store_true", help="run nothing, record nothing")
     options = parser.parse_args()
     group = GROUPS[options.group]
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="mutation-"))
+    folder = (options.folder or Path(tempfile.mkdtemp(prefix="mutation-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if not options.look:
-        if not options.again:
-            shutil.rmtree(folder / "mutants", ignore_errors=True)
-        names = list(rest(folder, group)) if options.again else []
-        prepare(folder, group)
-        if names or not options.again:
-            run(folder, names, options.minutes)
-    figures, wrong = count(folder, group, reasons())
+    os.chdir(ROOT)
+    kept = folder / "mutants.json"
+    before = json.loads(kept.read_text()) if options.again and kept.exists() else {}
+    told = outcomes(folder)
+    mutants = prepare(folder, group)
+    # What was killed before stays so, if it is still the same mutant.
+    found = {
+        name: told[name]
+        for name, mutant in mutants.items()
+        if name in told and before.get(name) == [*mutant]
+    }
+    kept.write_text(json.dumps(mutants))
+    lines = (f"{name}\t{outcome}\n" for name, outcome in found.items())
+    (folder / "outcomes.jsonl").write_text("".join(lines))
+    names = [n for n in mutants if found.get(n) not in ("killed", "timed out")]
+    if options.only is not None:
+        names = [name for name in names if options.only and re.search(options.only, name)]
+    if names:
+        run(folder, group, names, options.minutes)
+    figures, wrong = count(mutants, outcomes(folder), group, reasons())
     for module, counts in figures.items():
         print(module, ", ".join(f"{key} {number}" for key, number in counts.items()))
     if wrong:
         sys.exit("\n".join(wrong))
-    if not options.look:
-        try:
-            before = figures_of("mutation")
-        except FileNotFoundError:
-            before = {}
-        record("mutation", "warm", before | {options.group: figures})
+    recorded = figures_of("mutation") if (RESULTS / "mutation.json").exists() else {}
+    record("mutation", "warm", recorded | {options.group: figures})
 
 
 if __name__ == "__main__":
