@@ -2,13 +2,15 @@
 
 Everything is imported and collected once. The tests run once on the originals, which shows what
 each of them reaches and how long it takes; then, for each mutant, those that reach its function run
-in a fork of that process, the quickest first, until one fails. See mutation.py.
+in a fork of that process until one fails: quick ones first, and those that failed before. See
+mutation.py.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import mmap
 import os
 import resource
 import sys
@@ -59,9 +61,10 @@ class Forks:
         self._asked: list[str] = json.loads((folder / "asked.json").read_text())
         self._outcomes = folder / "outcomes.jsonl"
         self._deadline = time.time() + 60 * float(os.environ["MUTATION_MINUTES"])
-        self._failed = False
+        self._failed, self._most = False, 0.0
         self._seconds: dict[Any, float] = {}
         self._items_of: dict[str, list[Any]] = {}
+        self._killer = mmap.mmap(-1, 4)  # the place of the test that failed, told by a child
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -78,6 +81,7 @@ class Forks:
             self._seconds[item] = time.process_time() - start
             for name in reached:
                 self._items_of.setdefault(name, []).append(item)
+        self._most = sum(self._seconds.values())
         if self._failed:
             raise pytest.UsageError("tests fail without any mutation")
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
@@ -99,18 +103,23 @@ class Forks:
         if not child:
             self._judge(name, items)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 1:
+            killer = items[int.from_bytes(self._killer[:], "little")]
+            self._seconds[killer] /= 2  # it is worth more
         return {0: "survived", -24: "timed out"}.get(status, "killed")
 
     def _judge(self, name: str, items: list[Any]) -> None:
         """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
         global active
         active = name
-        seconds = 5 + int(4 * sum(self._seconds[item] for item in items))
+        seconds = 5 + int(4 * self._most)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
-            for item, following in zip(items, [*items[1:], None], strict=True):
+            for place, item in enumerate(items):
+                self._killer[:] = place.to_bytes(4, "little")
+                following = items[place + 1] if place + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         except BaseException:
             os._exit(1)
