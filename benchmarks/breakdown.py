@@ -20,7 +20,7 @@ from typing import Any
 from common import llama_shapes, make_run, median, read_all, record, time_once
 
 import wavg
-from wavg import kernel, publish
+from wavg import compiled, kernel, publish
 
 TOTALS: dict[str, float] = defaultdict(float)
 LOCK = threading.Lock()
@@ -69,11 +69,10 @@ def main() -> None:
     options = parser.parse_args()
     watch()
     figures: dict[str, dict] = {}
-    compiled = kernel._compiled
     for dtype in options.dtype or ["float32", "bfloat16", "float16"]:
         figures[dtype] = {}
-        for step, module in (("NumPy", None), ("compiled", compiled)):
-            kernel._compiled = module
+        for step in ("NumPy", "compiled"):
+            compiled.COMPILED = step == "compiled" and kernel.COMPILED
             figures[dtype][step] = profile(options.folder, dtype, options.repeats)
             told = ", ".join(f"{k} {v:.2f}" for k, v in figures[dtype][step].items())
             print(f"{dtype}, first step {step}: {told}")

@@ -24,7 +24,7 @@ ROOT = Path(wavg.__file__).parent
 FACE = "wavg"  # `import wavg` itself
 
 # The table of the design, with dtypes (which everything may import) and inputs, which it lacks,
-# and the kernel's parts below it: rounding, exact, and _compiled, which is C.
+# and the kernel's parts below it, of which _compiled is C.
 MAY_IMPORT = {
     "errors": "",
     "_version": "",
@@ -42,7 +42,11 @@ MAY_IMPORT = {
     "exact": "rounding errors",
     "_compiled": "",
     "combination": "errors",
-    "kernel": "combination _compiled exact rounding errors",
+    "ieee": "",
+    "leftovers": "combination exact ieee rounding errors",
+    "compiled": "_compiled combination leftovers",
+    "tiles": "combination ieee leftovers rounding",
+    "kernel": "combination compiled ieee leftovers tiles errors",
     "average": "combination arrays quantised tree weights kernel errors",
     "extents": "",
     "positional": "",

@@ -12,7 +12,7 @@ import pytest
 
 import wavg
 from contract import read_bytes
-from wavg import kernel, stream
+from wavg import compiled, kernel, stream
 from wavg.checkpoint import Checkpoint
 
 
@@ -227,8 +227,8 @@ def test_the_plan_is_made_without_reading_a_tensor(run, tmp_path, monkeypatch):
 def reads(request, monkeypatch):
     """Bytes of each read of tensors, with both forms of the kernel's first step."""
     if request.param == "numpy":
-        monkeypatch.setattr(kernel, "_compiled", None)
-    elif not kernel.COMPILED:
+        monkeypatch.setattr(compiled, "COMPILED", False)
+    elif not compiled.COMPILED:
         pytest.skip("there is no compiled step")
     sizes = []
     read, from_files = Checkpoint.read, kernel.Combiner.from_files
@@ -238,7 +238,7 @@ def reads(request, monkeypatch):
         read(self, spec, start, out)
 
     def counting_rows(self, descriptors, offsets, outs):
-        sizes.extend(self._source.itemsize * outs.shape[1] for _ in descriptors)
+        sizes.extend(self._compiled._source.itemsize * outs.shape[1] for _ in descriptors)
         from_files(self, descriptors, offsets, outs)
 
     monkeypatch.setattr(Checkpoint, "read", counting)

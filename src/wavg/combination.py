@@ -41,6 +41,8 @@ class Combination:
     bits
         For a row of small whole numbers, the bits of the sum of their magnitudes; -1 where that
         exceeds 28 bits, for then sums are not known to be exact.
+    growth
+        For each row, how many times its largest number a mean may be; of no use if it is not tame.
     """
 
     matrix: F64
@@ -50,6 +52,7 @@ class Combination:
     lossless: tuple[bool, ...]
     tame: tuple[bool, ...]
     bits: tuple[int, ...]
+    growth: F64
 
     @classmethod
     def of(cls, weights: npt.ArrayLike) -> Combination:
@@ -89,6 +92,8 @@ class Combination:
             lossless.append(same and Fraction(totals[0, index]) == total)
             size = sum(map(abs, whole)).bit_length()
             bits.append(size if size <= _WEIGHT_BITS else -1)
+        with np.errstate(all="ignore"):  # of rows that are not tame
+            growth = np.abs(matrix / totals[0, :, None]).sum(axis=1)
         return cls(
             matrix,
             totals[0],
@@ -97,7 +102,22 @@ class Combination:
             tuple(lossless),
             tuple((totals[0] > 2.0**-900).tolist()),
             tuple(bits),
+            growth,
         )
+
+    def error(self, unit: float) -> F64:
+        """Bound what a mean in floating point may be off, in parts of the largest number.
+
+        Inputs give as many products and additions, and weights are rounded; so is what is done with
+        the bound. A hundredth is for slack.
+
+        Parameters
+        ----------
+        unit
+            Half the distance from 1 to the next number.
+        """
+        errors: F64 = 1.01 * (self.matrix.shape[1] + 6) * unit * self.growth
+        return errors
 
 
 def _short(values: F64) -> str:

@@ -1,0 +1,132 @@
+"""Run tests against mutants: a plugin of pytest, and the switch that mutated modules import.
+
+Everything is imported and collected once. The tests run once on the originals, which shows what
+each of them reaches and how long it takes; then, for each mutant, those that reach its function run
+in a fork of that process until one fails: quick ones first, and those that failed before. See
+mutation.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MutantDict = dict[str, Callable[..., Any]]
+
+active = ""  # the mutant that takes the place of its function
+reached: set[str] = set()  # functions that were called
+
+
+def stem_of(name: str) -> str:
+    """Return what the names of a function's mutants have in common."""
+    return name.partition("__mutmut_")[0]
+
+
+def switch(mutants: MutantDict, is_classmethod: bool = False) -> Callable[..., Any]:
+    """Decorate a function so that calls go to it, or to the mutant of it that is active."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            chosen = mutants["_mutmut_orig"]
+            if active:
+                module, _, key = active.rpartition(".")
+                if module == function.__module__:
+                    chosen = mutants.get(key, chosen)
+            else:
+                reached.add(f"{function.__module__}.{stem_of(chosen.__name__)}")
+            if is_classmethod:
+                return getattr(args[0], chosen.__name__)(*args[1:], **kwargs)
+            return chosen(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+class Forks:
+    """Takes the place of pytest's loop over the tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._asked: list[str] = json.loads((folder / "asked.json").read_text())
+        self._outcomes = folder / "outcomes.jsonl"
+        self._deadline = time.time() + 60 * float(os.environ["MUTATION_MINUTES"])
+        self._failed, self._most = False, 0.0
+        self._seconds: dict[Any, float] = {}
+        self._items_of: dict[str, list[Any]] = {}
+        self._killer = mmap.mmap(-1, 4)  # the place of the test that failed, told by a child
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            if active:
+                os._exit(1)
+            self._failed = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+            reached.clear()
+            start = time.process_time()
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            self._seconds[item] = time.process_time() - start
+            for name in reached:
+                self._items_of.setdefault(name, []).append(item)
+        self._most = sum(self._seconds.values())
+        if self._failed:
+            raise pytest.UsageError("tests fail without any mutation")
+        terminal = session.config.pluginmanager.getplugin("terminalreporter")
+        session.config.pluginmanager.unregister(terminal)
+        with open(self._outcomes, "a") as file:
+            for number, name in enumerate(self._asked):
+                if time.time() > self._deadline:
+                    break
+                print(name, self._outcome(name), sep="\t", file=file, flush=True)
+                print(f"\r{number + 1} of {len(self._asked)}", end="", file=sys.__stderr__)
+        os._exit(0)
+
+    def _outcome(self, name: str) -> str:
+        items = self._items_of.get(stem_of(name), [])
+        if not items:
+            return "untested"
+        items = sorted(items, key=self._seconds.__getitem__)
+        child = os.fork()
+        if not child:
+            self._judge(name, items)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 1:
+            killer = items[int.from_bytes(self._killer[:], "little")]
+            self._seconds[killer] /= 2  # it is worth more
+        return {0: "survived", -24: "timed out"}.get(status, "killed")
+
+    def _judge(self, name: str, items: list[Any]) -> None:
+        """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
+        global active
+        active = name
+        seconds = 5 + int(4 * self._most)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            for place, item in enumerate(items):
+                self._killer[:] = place.to_bytes(4, "little")
+                following = items[place + 1] if place + 1 < len(items) else None
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = os.environ.get("MUTATION_FOLDER")
+    if folder:
+        config.pluginmanager.register(Forks(Path(folder)))

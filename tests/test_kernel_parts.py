@@ -1,0 +1,494 @@
+"""The kernel's modules one by one, at the very edges of what each promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import reference
+import wavg
+from wavg import compiled, exact, ieee, kernel, leftovers, rounding, tiles
+from wavg.combination import Combination
+from wavg.dtypes import lookup
+from wavg.errors import WeightError
+
+F64, F32, F16, BF16 = map(lookup, ("float64", "float32", "float16", "bfloat16"))
+E4M3, E5M2 = lookup("float8_e4m3fn"), lookup("float8_e5m2")
+TINY = 2.0**-1074  # the smallest of float64
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """As the kernel calls its parts."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+# ieee
+
+
+@pytest.mark.parametrize("place", [0, 1, 8190, 8191, 8192, 8193, 16383])
+def test_the_first_number_that_is_not_finite_is_found_wherever_it_stands(place):
+    numbers = np.zeros((3, 20_000), np.float32)
+    numbers[1:, place] = np.inf
+    numbers[0, -1] = np.nan
+    assert ieee.first_nonfinite(numbers) == (1, place)
+
+
+def test_where_all_is_finite_there_is_no_first():
+    assert ieee.first_nonfinite(np.zeros((2, 8193))) is None
+    assert ieee.first_nonfinite(np.zeros((2, 0))) is None
+
+
+def test_a_sum_of_zeros_is_negative_if_every_term_is():
+    zeros = np.array([[0.0, -0.0, 0.0, -0.0], [0.0, 0.0, -0.0, -0.0]])
+    for weights in ([1, 2], [1, -2], [-1, 2], [0, 1], [0, -1], [3, 0]):
+        ours = ieee.signed_zeros(weights, zeros)
+        terms = [[w * z for w, z in zip(weights, column, strict=True) if w] for column in zeros.T]
+        assert not ours.any()
+        assert np.signbit(ours).tolist() == [all(np.signbit(t)) for t in terms]
+
+
+def test_sums_with_infinities_and_one_nan():
+    inf, odd = np.inf, np.array([0xFFF8_0000_0000_1234], np.uint64).view(np.float64)[0]
+    columns = np.array([[inf, inf, inf, 1.0, odd], [1.0, -inf, -1e308, 2.0, 1.0]])
+    sums = ieee.sums(np.array([1.0, 1e-3]), columns)
+    assert sums.tolist()[:1] + sums.tolist()[2:4] == [inf, inf, 1.002]
+    assert sums[[1, 4]].tobytes() == np.array([np.nan, np.nan]).tobytes()
+
+
+# combination
+
+
+def test_weights_are_told_in_errors_all_of_them_or_the_ends():
+    with pytest.raises(WeightError) as caught:
+        Combination.of([1, -1, 2, -2, 3, -3, 4.5, -4.5])
+    assert str(caught.value) == (
+        "the weights [1, -1, 2, -2, 3, -3, 4.5, -4.5] sum to zero, so there is no average; "
+        "change one of them"
+    )
+    with pytest.raises(WeightError) as caught:
+        Combination.of([1, 2, 3, 4, 5, 6, 7, 8, np.nan])
+    assert str(caught.value) == "weights must be finite numbers, not [1, 2, 3, 4, …, 7, 8, nan]"
+    for none in ([], [[]], np.ones((2, 2, 2)), np.ones((2, 2, 0))):
+        with pytest.raises(WeightError) as caught:
+            Combination.of(none)
+        assert str(caught.value) == "there must be at least one weight"
+
+
+ROWS = [
+    [1.0, 2.0, 3.0],
+    [-1.0, -2.0, -3.0],
+    [6.0, 0.0, -4.0],
+    [0.5, 0.25, 0.0],
+    [0.1, 0.2, 0.3],
+    [1.0, 2.0**-60, 2.0**-60],
+    [2.0**27, 2.0**27 - 1, 0.0],
+    [2.0**27, 2.0**27, 1.0],
+    [2.0**27, -(2.0**27), 1.0],
+    [1.0, -1.0, 2.0**-890],
+    [1.0, -1.0, 2.0**-896],
+    [1.0, -1.0, 2.0**-897],
+    [1.0, 2.0**-1060, 3e-320],
+    [1e300, 1e-300, 1e300],
+    [1.7e308, 1.7e308, 1.7e308],
+    [TINY, TINY, 0.0],
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_combination_says_what_is_true_of_its_weights(row):
+    ours = Combination.of([[1.0, 1.0, 1.0], row])
+    exactly = [Fraction(w) for w in row]
+    whole, total = ours.integers[1], sum(ours.integers[1])
+    assert [Fraction(w, total) for w in whole] == [w / sum(exactly) for w in exactly]
+    assert total > 0
+    assert math.gcd(*whole) == 1
+    # One power of two scales all of them, and leaves room for as many as there are.
+    scale = Fraction(1, 2 ** (max(map(abs, whole)).bit_length() + 2))
+    assert ours.matrix[1].tolist() == [float(w * scale) for w in whole]
+    assert sum(map(abs, ours.matrix[1])) <= 1
+    high, low = Fraction(ours.totals[1]), Fraction(ours.low_totals[1])
+    assert ours.totals[1] == float(total * scale)
+    assert low == Fraction(float(total * scale - high))
+    kept = [Fraction(w) for w in ours.matrix[1].tolist()] == [w * scale for w in whole]
+    assert ours.lossless[1] == (kept and high == total * scale)
+    assert ours.tame[1] == (ours.totals[1] > 2.0**-900)
+    bits = sum(map(abs, whole)).bit_length()
+    assert ours.bits[1] == (bits if bits <= 28 else -1)
+    if ours.tame[1]:
+        growth = sum(map(abs, exactly)) / abs(sum(exactly))
+        assert ours.growth[1] == pytest.approx(float(growth), rel=1e-12)
+    assert ours.growth[0] == pytest.approx(1.0)
+
+
+def test_the_rows_include_each_kind_of_weights():
+    found = [Combination.of(row) for row in ROWS]
+    assert {one.lossless[0] for one in found} == {True, False}
+    assert {one.tame[0] for one in found} == {True, False}
+    assert {one.bits[0] for one in found} >= {-1, 3, 28}
+    assert any(one.low_totals[0] for one in found)
+
+
+def test_the_bound_on_errors_is_the_textbooks():
+    """(n + 6) units, a hundredth more, times how much larger than the numbers a mean can be."""
+    ours = Combination.of([[1, 1, 1, 1], [3, -1, 0, 0]])
+    np.testing.assert_allclose(ours.error(2.0**-24), [10.1 * 2.0**-24, 20.2 * 2.0**-24])
+
+
+# rounding
+
+NARROW = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_rounding_to_a_narrow_format_at_every_midpoint_and_beside_it(name):
+    entry = lookup(name)
+    width = np.dtype(f"u{entry.itemsize}")
+    grid = np.arange(2**entry.bits, dtype=width).view(entry.numpy).astype(np.float64)
+    grid = np.unique(grid[np.isfinite(grid)])
+    grid = grid[:: 1 + len(grid) // 3000] if len(grid) > 3000 else grid
+    low, high = grid[:-1], grid[1:]
+    if len(grid) > 300:  # neighbours again
+        codes = low.astype(entry.numpy).view(width)
+        high = (codes + np.where(low < 0, -1, 1).astype(width)).view(entry.numpy).astype(float)
+        low, high = low[np.isfinite(high) & (low != 0)], high[np.isfinite(high) & (low != 0)]
+        low, high = np.minimum(low, high), np.maximum(low, high)
+    middle = low + (high - low) / 2
+    below, above = np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf)
+    assert rounding.round_to(below, entry).astype(float).tolist() == low.tolist()
+    assert rounding.round_to(above, entry).astype(float).tolist() == high.tolist()
+    ties = rounding.round_to(middle, entry).astype(float)
+    even = [x if reference_bits(x, entry) % 2 == 0 else y for x, y in zip(low, high, strict=True)]
+    assert ties.tolist() == even
+    zeros = rounding.round_to(np.array([0.0, -0.0, TINY, -TINY]), entry)
+    assert not zeros.astype(float).any()
+    if not name.endswith("fnuz"):  # those have one zero
+        assert np.signbit(zeros.astype(float)).tolist() == [False, True, False, True]
+
+
+def reference_bits(value, entry):
+    return int(np.array([value]).astype(entry.numpy).view(f"u{entry.itemsize}")[0])
+
+
+@pytest.mark.parametrize("entry", [F64, F32, F16])
+def test_rounding_to_wide_formats_is_numpys(entry):
+    values = np.array([1 + 2.0**-11, 1 + 2.0**-24 + 2.0**-50, 1e-9, -0.0])
+    with np.errstate(all="ignore"):
+        assert rounding.round_to(values, entry).tobytes() == values.astype(entry.numpy).tobytes()
+
+
+def test_what_was_cut_off_makes_the_last_bit_odd():
+    one = float(np.nextafter(1, 2))  # odd
+    cases = [
+        (1.0, 0.0, 1.0),
+        (1.0, 1e-30, one),
+        (1.0, -1e-30, float(np.nextafter(1, 0))),
+        (-1.0, -1e-30, -one),
+        (-1.0, 1e-30, -float(np.nextafter(1, 0))),
+        (one, 1e-30, one),
+        (one, -1e-30, one),
+        (-one, 1e-30, -one),
+    ]
+    high, low, right = np.array(cases).T
+    assert rounding.odd(high, low, F32).tolist() == right.tolist()
+    assert rounding.odd(high, low, F64).tolist() == high.tolist()
+
+
+# exact
+
+
+def fractions_of(weights, columns):
+    total = sum(map(Fraction, weights))
+    return [
+        sum(Fraction(w) * Fraction(x) for w, x in zip(weights, column, strict=True)) / total
+        for column in columns.T.tolist()
+    ]
+
+
+def rounded(values, entry):
+    return [reference.round_fraction(value, entry) for value in values]
+
+
+def doubled(combination, columns, entry):
+    total = float(combination.totals[0]), float(combination.low_totals[0])
+    return exact.double_double(
+        combination.matrix[0], total, combination.lossless[0], columns, entry
+    )
+
+
+@pytest.mark.parametrize("entry", [F64, F32, BF16])
+@pytest.mark.parametrize(
+    "weights", [[1.0, 1, 1], [0.1, 0.2, 0.3], [3.0, -1, 2.0**-30], [7.0, 1, 0]]
+)
+def test_double_double_is_right_where_it_is_certain_and_certain_nearly_everywhere(entry, weights):
+    rng = np.random.default_rng(4)
+    columns = np.ldexp(rng.standard_normal((3, 300)), rng.integers(-30, 1, (3, 300)))
+    columns[:, :20] = rng.integers(-99, 99, (3, 20))
+    columns[0, 20:40] = -columns[1, 20:40] * weights[1] / weights[0]
+    values, certain = doubled(Combination.of(weights), columns, entry)
+    right = np.array(rounded(fractions_of(weights, columns), entry))
+    assert (values.astype(float) == right)[certain].all()
+    assert certain[right != 0].mean() > 0.98
+
+
+def test_double_double_settles_ties_of_exact_sums_and_leaves_others():
+    columns = np.array([[1.0, 1 + 2.0**-52], [1 + 2.0**-52, 1 + 2.0**-51]])
+    values, certain = doubled(Combination.of([1, 1]), columns, F64)
+    assert certain.all()
+    assert values.tolist() == [1.0, 1 + 2.0**-51]
+    # 0.1 + 0.1 is as whole, but 0.1 : 0.3 is not exactly 1 : 3: no tie can be sworn to.
+    third = Combination.of([0.1, 0.3])
+    _, certain = doubled(third, np.array([[1.0, 5.0], [1 + 2.0**-52, 5.0]]), F64)
+    assert certain.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("entry", [F64, F32])
+def test_double_double_is_not_certain_of_what_underflow_may_have_taken(entry):
+    rng = np.random.default_rng(0)
+    tiny = np.ldexp(rng.standard_normal((3, 100)), -1060)
+    combination = Combination.of([0.1, 0.3, 0.7])
+    values, certain = doubled(combination, tiny, entry)
+    right = np.array(rounded(fractions_of([0.1, 0.3, 0.7], tiny), entry))
+    assert (values.astype(float) == right)[certain].all()
+    if entry is F64:
+        assert not certain.any()
+
+
+def test_double_double_of_numbers_too_large_to_split_is_not_certain():
+    _, certain = doubled(Combination.of([1, 2]), np.array([[1e308, 1.0], [1e308, 2.0]]), F64)
+    assert certain.tolist() == [False, True]
+
+
+def test_a_quotient_that_comes_out_even_has_no_error():
+    high, low = np.array([3.0, 1.0, 6.0, 2.0**53]), np.array([0.0, 0.0, 2.0**-60, 1.0])
+    error = np.full(4, 2.0**-50)
+    for exactly in (True, False):
+        values, certain = exact.divide(high, low, error, (4.0, 0.0), F64, exact=np.full(4, exactly))
+        assert certain.tolist() == [exactly] * 4
+        if exactly:
+            assert values.tolist() == [0.75, 0.25, 1.5, 2.0**51]
+
+
+def test_a_quotient_uses_both_parts_of_dividend_and_divisor():
+    """A third less and more than a tie, by what only the second parts say."""
+    half = 2.0**-53
+    for sign, right in ((1, 1 + 2 * half), (-1, 1.0)):
+        top, low = np.array([1.0]), np.array([half + sign * 2.0**-90])
+        values, certain = exact.divide(
+            top, low, np.array([0.0]), (1.0, 0.0), F64, exact=np.array([False])
+        )
+        assert (values[0], certain[0]) == (right, True)
+        # The same quotient from a longer divisor.
+        values, certain = exact.divide(
+            top,
+            low * 0 + half + 2.0**-90,
+            np.array([0.0]),
+            (1.0, (1 - sign) * 2.0**-90),
+            F64,
+            exact=np.array([False]),
+        )
+        assert (values[0], certain[0]) == (right, True)
+
+
+@pytest.mark.parametrize("entry", [F64, F32, F16, BF16])
+def test_one_column_in_whole_numbers(entry):
+    for weights, column in [
+        ([1, 2], [1.0, 2.5]),
+        ([3, -1, 0], [1e300, 2.0**-300, 5.0]),
+        ([10**40, 1, 1], [1.0, 2.0**-52, -3.0]),
+        ([1, 1], [1.0, 1 + 2.0 ** (1 - entry.precision)]),
+        ([1, 1], [1 + 2.0 ** (1 - entry.precision), 1 + 2.0 ** (2 - entry.precision)]),
+        ([1, 2**80, 1], [2.0**-1000, 1 + 2.0**-entry.precision, 0.0]),
+    ]:
+        ours = float(exact.integer_mean(weights, column, entry))
+        total = sum(w * Fraction(x) for w, x in zip(weights, column, strict=True))
+        assert ours == reference.round_fraction(total / sum(weights), entry)
+
+
+@pytest.mark.parametrize("entry", [F64, F32, BF16])
+def test_ratios_beyond_float64_have_a_sign(entry):
+    huge = 10**400
+    assert float(exact.ratio(huge, 1, entry)) == np.inf
+    assert float(exact.ratio(-huge, 1, entry)) == -np.inf
+    for sign in (1, -1):
+        zero = exact.ratio(sign, huge, entry)
+        assert zero.dtype == entry.numpy
+        assert float(zero) == 0
+        assert np.signbit(float(zero)) == (sign < 0)
+
+
+def test_ratios_next_to_a_tie_go_to_their_side():
+    tie = 2**24 * 2 + 1, 2**25  # 1 + 2**-25: half a unit is 2**-24
+    assert float(exact.ratio(2**24 + 1, 2**24, F32)) == 1.0
+    for far in (60, 120, 300):
+        more = (2**24 + 1) * 2**far
+        assert float(exact.ratio(more + 1, 2 ** (24 + far), F32)) == 1 + 2.0**-23
+        assert float(exact.ratio(more - 1, 2 ** (24 + far), F32)) == 1.0
+        assert float(exact.ratio(-more - 1, 2 ** (24 + far), F32)) == -1 - 2.0**-23
+        assert float(exact.ratio(-more + 1, 2 ** (24 + far), F32)) == -1.0
+    assert float(exact.ratio(*tie, F32)) == 1.0
+
+
+# leftovers
+
+
+@pytest.mark.parametrize("entry", [F64, F32, F16, BF16])
+def test_fits_is_as_generous_as_the_theorem_and_no_more(entry):
+    """Up to 2**52 quanta; a quantum is the last bit of the smallest number."""
+    precision = entry.precision
+    for lowest in (-13, 0, 7):
+        quantum = lowest - precision + 1
+        for bits in (0, 1, 5, 28):
+            assert leftovers.fits(bits, quantum + 52 - bits, lowest, entry)
+            assert not leftovers.fits(bits, quantum + 53 - bits, lowest, entry)
+            assert leftovers.fits(bits, quantum + 51 - bits, lowest, entry)
+        assert not leftovers.fits(-1, lowest, lowest, entry)
+    # Below the normal numbers the quantum is that of the smallest of them.
+    if entry is not F64:
+        least = entry.min_exponent
+        quantum = least - precision + 1
+        for lowest in (least, least - 1, least - 5):
+            assert leftovers.fits(2, quantum + 50, lowest, entry)
+            assert not leftovers.fits(2, quantum + 51, lowest, entry)
+
+
+def test_nothing_fits_where_products_may_underflow():
+    assert leftovers.fits(0, -899, -899, F64)
+    assert not leftovers.fits(0, -900, -900, F64)
+
+
+def test_the_exponents_bound_all_numbers():
+    assert leftovers._exponents(np.array([[1.0, -7.9], [0.0, 0.25]])) == (3, -2)
+    assert leftovers._exponents(np.array([[8.0, -0.26]])) == (4, -2)
+    assert leftovers._exponents(np.zeros((2, 2))) == (0, 1024)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "columns"), [(1, 8192), (16, 8192), (17, 7710), (2048, 64), (2000, 65), (10**6, 64)]
+)
+def test_columns_settled_at_once_are_fewer_of_many_inputs(inputs, columns):
+    assert leftovers.at_once(inputs) == columns
+
+
+# sizes and memory
+
+
+def test_spans_and_tiles_have_the_sizes_that_were_measured():
+    """They decide on time and memory, not on results."""
+    assert tiles.span(10, 1, F32) == 4 * 65536
+    assert tiles.span(1, 1, F32) == 4 * 65536  # never wider
+    assert tiles.span(20, 1, F32) == 4 * 32768
+    assert tiles.span(10, 2, F32) == 2 * (655360 // 12)
+    assert tiles.span(10, 3, BF16) == 655360 // 14
+    assert tiles.span(10, 5, F32) == 655360 // 18
+    assert tiles.span(10**6, 1, F32) == 4 * 256  # never narrower
+    assert tiles.span(10, 1, F64) == leftovers.at_once(10) == 8192
+    assert tiles.span(10_000, 500, F64) == 64
+    assert compiled.width(10, F32) == 65536 // 4
+    assert compiled.width(10, BF16) == 65536 // 2
+    assert compiled.width(1000, F32) == 8192 // 4
+    assert compiled.width(81, F32) == 8192 // 4
+
+
+@pytest.mark.parametrize("with_compiled", [True, False])
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("target", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(10, 1), (3, 4)])
+def test_what_a_combiner_allocates_is_bounded(monkeypatch, with_compiled, source, target, shape):
+    if not with_compiled:
+        monkeypatch.setattr(compiled, "COMPILED", False)
+    inputs, outputs = shape
+    source, target = lookup(source), lookup(target)
+    rng = np.random.default_rng(0)
+    block = np.ones((inputs, 12_000), source.numpy)
+    block[:, ::3] = rng.standard_normal((inputs, len(block[0, ::3]))).astype(source.numpy)
+    outs = np.empty((outputs, 12_000), target.numpy)
+    combination = Combination.of(rng.uniform(0.5, 1, (outputs, inputs)))
+    tracemalloc.start()
+    try:
+        kernel.Combiner(combination, source, target)(block, outs)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    bound = kernel.scratch_bytes(inputs, outputs, source, target, 6_000)
+    assert taken <= bound
+
+
+def test_scratch_memory_is_what_the_parts_take():
+    """In the words of the code: any change of a bound has to be meant."""
+    assert leftovers.scratch_bytes(10, F32, 100) == 100 * (10 * 36 + 200) + 100
+    assert leftovers.scratch_bytes(10, BF16, 80_000) == 8192 * (10 * 34 + 200) + 80_000
+    assert compiled.scratch_bytes(10, 3, F32, 1000, reads=False) == 3 * (1000 + (2 << 13))
+    assert (
+        compiled.scratch_bytes(10, 3, F32, 1000, reads=True)
+        == 3 * (1000 + (2 << 13)) + 10 * 1000 * 4
+    )
+    tile = 655360 // 10  # columns that are widened at once
+    spans = 4 * tile
+    assert tiles.scratch_bytes(10, 1, F32, F16, spans) == tile * 10 * 8 + spans * (16 + 4 + 1)
+    assert tiles.scratch_bytes(10, 1, F16, F32, 500) == 500 * 10 * 12 + 500 * (16 + 8 + 1)
+    assert tiles.scratch_bytes(10, 1, BF16, BF16, 500) == 500 * 10 * 4 + 500 * (8 + 4 + 1)
+    assert tiles.scratch_bytes(10, 1, BF16, F16, 500) == 500 * 10 * 8 + 500 * (16 + 4 + 1)
+    assert tiles.scratch_bytes(10, 1, F32, BF16, 500) == 500 * 10 * 8 + 500 * (16 + 4 + 1)
+
+
+def test_scratch_memory_of_a_combiner_is_that_of_its_first_step_and_the_others(monkeypatch):
+    rest = 1 << 18
+    expected = (
+        tiles.scratch_bytes(10, 2, F64, F32, 2000) + leftovers.scratch_bytes(10, F64, 2000) + rest
+    )
+    assert kernel.scratch_bytes(10, 2, F64, F32, 1000) == expected  # a complex number is two
+    span = tiles.span(10, 2, F32)
+    assert kernel.scratch_bytes(10, 2, F64, F32, 10**7) == (
+        tiles.scratch_bytes(10, 2, F64, F32, span) + leftovers.scratch_bytes(10, F64, span) + rest
+    )
+    if not compiled.COMPILED:
+        pytest.skip("wavg was installed without a C compiler")
+    assert kernel.scratch_bytes(10, 2, F32, F32, 1000) == (
+        compiled.scratch_bytes(10, 2, F32, 2000, reads=False)
+        + leftovers.scratch_bytes(10, F32, 2000)
+        + rest
+    )
+    width = compiled.width(10, F32)
+    assert kernel.scratch_bytes(10, 2, F32, F32, 1000, from_files=True) == (
+        compiled.scratch_bytes(10, 2, F32, width, reads=True)
+        + leftovers.scratch_bytes(10, F32, width)
+        + rest
+    )
+
+
+def test_what_is_read_from_files_is_what_is_compiled(monkeypatch):
+    names = ["float32", "bfloat16", "float16", "float64", "float8_e5m2"]
+    for there in (True, False):
+        monkeypatch.setattr(compiled, "COMPILED", there)
+        for source in names:
+            for target in names:
+                expected = there and source in names[:3] and target in names[:3]
+                assert compiled.reads_files(lookup(source), lookup(target)) is expected
+
+
+def test_without_a_compiler_at_hand_the_compiled_step_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wavg._compiled", None)
+    monkeypatch.delattr(wavg, "_compiled", raising=False)
+    spec = importlib.util.spec_from_file_location("installed_without", compiled.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not module.COMPILED
+    assert not module.reads_files(F32, F32)
+
+
+@pytest.mark.parametrize("with_compiled", [True, False])
+def test_a_row_of_outputs_may_have_nothing_finite(monkeypatch, with_compiled):
+    if not with_compiled:
+        monkeypatch.setattr(compiled, "COMPILED", False)
+    outs = np.empty((2, 1), np.float32)
+    block = np.float32([[np.inf], [3.0]])
+    kernel.combine(Combination.of([[1, 1], [0, 1]]), block, outs, allow_nonfinite=True)
+    assert outs.tolist() == [[np.inf], [3.0]]
