@@ -24,7 +24,7 @@ import numpy.typing as npt
 from wavg.dtypes import DType, lookup
 from wavg.errors import CheckpointChangedError, CheckpointFormatError, InputError, WavgError
 from wavg.extents import Extent
-from wavg.positional import read_exactly
+from wavg.positional import read_at, read_exactly
 
 __all__ = [
     "BlockReader",
@@ -414,7 +414,7 @@ def _in_pieces(
 ) -> Iterator[bytes]:
     end = offset + length
     while offset < end and not (stop is not None and stop.is_set()):
-        data = os.pread(descriptor, min(_COPY_BYTES, end - offset), offset)
+        data = read_at(descriptor, min(_COPY_BYTES, end - offset), offset)
         if not data:
             return
         yield data
