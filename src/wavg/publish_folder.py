@@ -170,7 +170,7 @@ class AtomicFolder:
         """Try with two files of the new folder whether two can be exchanged at one instant here."""
         one, other = (os.path.join(self.temporary, name) for name in ("1", "2"))
         for path in (one, other):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            open(path, "xb").close()
         try:
             renames.rename(one, other, EXCHANGE)
         except OSError as error:
