@@ -59,6 +59,25 @@ def interrupts() -> str:
     )
 
 
+def concurrent() -> str:
+    def rows() -> Iterator[str]:
+        for name, modes in figures("concurrent").items():
+            new, over = modes["new"], modes["overwrite"]
+            refused = [mode.get("refused: it exists", 0) for mode in (new, over)]
+            yield (
+                f"{name} | {new['runs']:,} | {new['won or replaced']:,} | {refused[0]:,} | "
+                f"{over['runs']:,} | {over['won or replaced']:,} | {refused[1]:,} | "
+                f"{new['killed'] + over['killed']:,} | "
+                f"{new['anything else'] + over['anything else']}"
+            )
+
+    return table(
+        "| runs to one new output | won | refused: it exists | runs over an old one | done "
+        "| refused | killed, of both | anything else",
+        rows(),
+    )
+
+
 WENT_ON, LEFT = "went on", "went on, a temporary left to the next run"
 GROUPS = {
     "pwrite64": "write",
@@ -222,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         kills,
+        concurrent,
         interrupts,
         calls,
         allocations,

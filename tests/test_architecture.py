@@ -55,9 +55,11 @@ MAY_IMPORT = {
     "digests": "checkpoint extents positional errors",
     "templates": "checkpoint extents positional",
     "renames": "",
+    "access": "",
+    "destinations": "errors",
     "temporaries": "",
-    "publish": "positional renames temporaries errors",
-    "publish_folder": "publish renames temporaries errors",
+    "publish": "access destinations positional renames temporaries errors",
+    "publish_folder": "access destinations publish renames temporaries errors",
     "alignment": "checkpoint errors",
     "quantised": "checkpoint errors",
     "options": "alignment",
@@ -71,11 +73,11 @@ MAY_IMPORT = {
     "formats": "checkpoint extents positional publish templates errors",
     "inputs": "formats errors",
     "recorded": "checkpoint inputs record",
-    "grid": "errors formats inputs recorded weights",
+    "grid": "destinations errors formats inputs recorded weights",
     "sha256sums": "inputs errors",
     "opening": "checkpoint errors formats shortage",
-    "outputs": "checkpoint errors formats opening plan publish publish_folder record sinks "
-    "templates temporaries",
+    "outputs": "checkpoint destinations errors formats opening plan publish publish_folder record "
+    "sinks templates temporaries",
     "files": "checkpoint digests errors formats grid inputs opening options outputs plan publish "
     "record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",
@@ -91,10 +93,10 @@ MAY_IMPORT = {
     "prefixes": "",
     "prefix_sums": "checkpoint decisions plan positional prefixes rounding errors",
     "evaluation": "dtypes errors",
-    "journal": "evaluation renames errors",
+    "journal": "evaluation publish renames errors",
     "scoring": "checkpoint evaluation inputs journal errors",
-    "subjects": "checkpoint decisions digests files formats inputs opening outputs plan prefixes "
-    "prefix_sums sinks errors",
+    "subjects": "checkpoint decisions destinations digests files formats inputs opening outputs "
+    "plan prefixes prefix_sums sinks errors",
     "sweep_picture": "errors",
     "results": "evaluation inputs publish scoring sweep_picture errors",
     "sweeps": "evaluation files formats grid inputs journal options outputs prefixes results "
@@ -106,7 +108,7 @@ MAY_IMPORT = {
     "demo": FACE,
     "picture": "errors weights",
     "cli_options": "alignment options",
-    "cli_sweep": "errors publish cli_options cli_weights soups sweeps sweep_picture",
+    "cli_sweep": "destinations errors cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "formats grid inputs picture schedule weights",
     "cli_inspect": "stored checkpoint cli_options cli_weights errors record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "

@@ -196,7 +196,10 @@ def test_a_failing_close_is_told_before_anything_is_replaced(tmp_path, monkeypat
 def test_what_cannot_be_cleared_away_changes_nothing_and_is_told(tmp_path, monkeypatch, kind):
     write(tmp_path / "out", kind, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", disk_error)
+        real = kind.commit
+        patch.setattr(
+            kind, "commit", lambda made: (real(made), patch.setattr(os, "unlink", disk_error))
+        )
         with pytest.warns(RuntimeWarning, match="cannot be removed"):
             write(tmp_path / "out", kind, overwrite=True)
     assert [*read(tmp_path / "out").values()] == [b"new"]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import OutputError, OutputExistsError, publish, publish_folder
-from wavg.publish import AtomicFile, refuse_full
+from wavg import OutputError, OutputExistsError, publish, renames
+from wavg.destinations import refuse_full
+from wavg.publish import AtomicFile
 from wavg.publish_folder import AtomicFolder
 
 
@@ -205,7 +206,7 @@ def refuse_flags(monkeypatch):
     def rename(old, new, flag):
         raise OSError(errno.EINVAL, "no such flag")
 
-    monkeypatch.setattr(publish_folder, "rename", rename)
+    monkeypatch.setattr(renames, "rename", rename)
 
 
 def test_a_folder_appears_with_its_files(tmp_path):
@@ -332,14 +333,14 @@ def test_a_failing_system_call_leaves_the_old_folder_and_no_trace(
 
 def test_a_failing_exchange_leaves_the_old_folder_and_no_trace(tmp_path, monkeypatch):
     old_folder(tmp_path / "out")
-    real = publish_folder.rename
+    real = renames.rename
 
     def fail(old, new, flag):
         if new == str(tmp_path / "out"):
             raise OSError(errno.EIO, "Input/output error")
         real(old, new, flag)
 
-    monkeypatch.setattr(publish_folder, "rename", fail)
+    monkeypatch.setattr(renames, "rename", fail)
     with pytest.raises(OutputError, match="untouched"):
         write_folder(tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == {"a": b"old"}

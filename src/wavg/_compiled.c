@@ -14,6 +14,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#ifdef _WIN32
+#error "no positional reads here; without this module the kernel takes its steps in NumPy"
+#endif
+
 #include <errno.h>
 #include <fenv.h>
 #include <float.h>

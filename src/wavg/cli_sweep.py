@@ -23,8 +23,8 @@ from wavg.cli_options import (
     size,
 )
 from wavg.cli_weights import known
+from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import WavgError
-from wavg.publish import refuse_existing
 
 __all__ = ["add_soup", "add_sweep"]
 
@@ -203,7 +203,8 @@ def _refuse(options: argparse.Namespace) -> None:
     if options.plot:
         require(options.plot)
     for path in filter(None, (options.csv, options.plot)):
-        refuse_existing(path, options.overwrite)
+        if not is_stream(path):
+            refuse_existing(path, options.overwrite)
     named = [options.output, options.csv, options.plot, options.journal]
     places = [os.path.realpath(path) for path in named if path]
     for place in places:

@@ -266,7 +266,10 @@ class Command:
                 return "", f"it took more than {self._timeout:g} s and was killed"
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    if hasattr(os, "killpg"):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:  # Windows: what it has started lives on
+                        process.kill()
                 process.wait()
             output, told = _text(printed), _text(complained)
         lines = told.split("\n")

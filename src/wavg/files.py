@@ -366,6 +366,8 @@ def _write(
         verify_unchanged(checkpoints)
         for output in made:
             output.sync(overwrite=overwrite)
+        for checkpoint in checkpoints:
+            checkpoint.close()  # Windows replaces no open file, and the output may be an input
         for output in made:
             output.commit()
     return differing

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from wavg import weights as schedules
+from wavg.destinations import bare
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, is_folder_output
 from wavg.inputs import PathLike, expand, named_steps, read_steps
@@ -63,9 +64,7 @@ class Grid:
         if output is None:
             return []
         template = os.fspath(output)
-        unknown = (
-            set(re.findall(r"\{\w*\}", os.path.basename(template.rstrip("/")))) - _PLACEHOLDERS
-        )
+        unknown = set(re.findall(r"\{\w*\}", os.path.basename(bare(template)))) - _PLACEHOLDERS
         if unknown:
             raise OutputError(
                 f"{template}: {min(unknown)} stands for nothing in an output's name; "
@@ -74,7 +73,7 @@ class Grid:
             )
         paths = []
         for rule, number in self.cells(count):
-            text = str(rule).replace(":", "-").replace("/", "-")
+            text = re.sub(r"[:/\\]", "-", str(rule))  # would lead elsewhere
             path = template.replace("{weights}", text).replace("{last}", str(number))
             if not is_folder_output(path, newest):
                 format_of_output(path)

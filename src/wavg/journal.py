@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import stat
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -18,11 +19,12 @@ import numpy as np
 
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome
-from wavg.renames import sync_folder
+from wavg.publish import failures
+from wavg.renames import sync_file, sync_folder
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows: nobody is kept from a journal in use
+except ImportError:  # Windows: nobody is kept from a journal in use
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Journal"]
@@ -48,6 +50,8 @@ class Journal:
     ------
     WavgError
         The file is no journal, of another series, or in use.
+    OutputError
+        The system does not let it be written.
     """
 
     def __init__(self, path: str | None, series: Mapping[str, Any], *, fatal: bool = True) -> None:
@@ -56,10 +60,15 @@ class Journal:
         self._descriptor = -1
         if path is None:
             return
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with failures(path, path):
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._descriptor = os.open(path, flags, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise WavgError(f"{path} is no file, as a journal has to be", path=path)
             self._lock(path)
-            self._resume(path, json.loads(json.dumps(dict(series))))
+            with failures(path, path):
+                self._resume(path, json.loads(json.dumps(dict(series))))
         except BaseException:
             self._close()
             raise
@@ -96,20 +105,23 @@ class Journal:
         self._write({"stopped": key})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._descriptor < 0:
+        if self.path is None or self._descriptor < 0:
             return
         data = (json.dumps(line) + "\n").encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fsync(self._descriptor)
+        with failures(self.path, self.path):
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+            sync_file(self._descriptor)
 
     def _lock(self, path: str) -> None:
-        if fcntl is None:  # pragma: no cover
+        if fcntl is None:
             return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise WavgError(f"{path} is in use by another process", path=path) from None
+        except OSError:  # a file system without locks, where nobody is kept from it either
+            return
 
     def _resume(self, path: str, series: dict[str, Any]) -> None:
         with open(path, "rb") as file:

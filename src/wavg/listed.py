@@ -158,7 +158,7 @@ def _match(weights: Mapping[str, float], text: str, steps: F64, paths: Sequence[
         shown = f"step {spell_number(step)}"
         if paths is not None:
             shown = paths[position]
-            base = os.path.basename(shown.rstrip("/"))
+            base = os.path.basename(os.path.normpath(shown))
             names |= {base, os.path.splitext(base)[0]}
             if folders.count(folders[position]) == 1:
                 names.add(folders[position])

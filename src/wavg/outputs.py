@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from wavg import publish
+from wavg import destinations
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
+from wavg.destinations import refuse_existing
 from wavg.dtypes import lookup
 from wavg.errors import OutputError, OutputExistsError
 from wavg.formats import (
@@ -24,7 +25,7 @@ from wavg.formats import (
 from wavg.formats.folders import beside, retyped, unlike_an_output
 from wavg.opening import uncollected
 from wavg.plan import Plan
-from wavg.publish import Atomic, AtomicFile, NewFile, refuse_existing
+from wavg.publish import Atomic, AtomicFile, NewFile, failures
 from wavg.publish_folder import AtomicFolder, refuse_folders_within
 from wavg.record import KEY
 from wavg.sinks import FileSink
@@ -95,9 +96,10 @@ def refuse_full(plans: Iterable[Plan]) -> None:
     needed: dict[int, int] = collections.defaultdict(int)
     for plan in plans:
         if plan.output is not None:
-            disk = os.stat(os.path.dirname(os.path.realpath(plan.output))).st_dev
+            with failures(plan.output, plan.output):
+                disk = os.stat(os.path.dirname(os.path.realpath(plan.output))).st_dev
             needed[disk] += plan.disk_bytes
-            publish.refuse_full(plan.output, needed[disk])
+            destinations.refuse_full(plan.output, needed[disk])
 
 
 def _refuse_existing(target: str, overwrite: bool, *, folder: bool) -> None:

@@ -6,7 +6,6 @@ the next model in, a block of the sums and of the averages that end here out.
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,7 +18,7 @@ from wavg.checkpoint import Sink, TensorSpec
 from wavg.decisions import Decision
 from wavg.errors import NonFiniteError
 from wavg.plan import Plan
-from wavg.positional import read_exactly
+from wavg.positional import read_exactly, write_exactly
 from wavg.prefixes import Step
 from wavg.rounding import round_to
 
@@ -249,10 +248,8 @@ class PrefixSums:
             if not np.may_share_memory(kept, values):
                 kept[...] = values
             return
-        view, done = values.view(np.uint8).data, 0
-        while done < len(view):
-            offset = 8 * (row * self._length + place) + done
-            done += os.pwrite(self._file.fileno(), view[done:], offset)
+        offset = 8 * (row * self._length + place)
+        write_exactly(self._file.fileno(), values.view(np.uint8).data, offset)
 
 
 def _grows(weights: F64, row: int) -> bool:

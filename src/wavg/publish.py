@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -18,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
+from wavg.access import Access, access_of, give
+from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import OutputError, OutputExistsError, WavgError
-from wavg.positional import write_exactly
-from wavg.renames import FAILING, sync_folder
-from wavg.temporaries import OLD, beside, claimed, is_open_as, reclaim, remove_stray
+from wavg.positional import read_at, write_exactly
+from wavg.renames import FAILING, MOVES_OPEN_FILES, rename_new, sync_file, sync_folder
+from wavg.temporaries import OLD, beside, claimed, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,8 +36,6 @@ __all__ = [
     "appeared",
     "confirm",
     "failures",
-    "refuse_existing",
-    "refuse_full",
     "write_file",
 ]
 
@@ -61,48 +60,16 @@ class Atomic(Protocol):
         """Undo what `commit` did, if anything; return whether what was there before is again."""
 
 
-def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None:
-    """Raise `OutputExistsError` if there is something at `path` that was not to be replaced."""
-    if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError(
-            f"{path} exists; choose another output, or pass overwrite=True (--overwrite)", path=path
-        )
-    if not folder and os.path.isdir(path):
-        raise OutputError(f"{path} is a folder; the output is a file", path=path)
-    if folder and os.path.lexists(path.rstrip("/")) and not os.path.isdir(path):
-        raise OutputError(f"{path} is a file; the output is a folder", path=path)
-    parent = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(parent):
-        raise OutputError(f"cannot write {path}: there is no folder {parent}", path=path)
-
-
-def refuse_full(path: str, size: int) -> None:
-    """Raise `OutputError` if the disk has no room for `size` more bytes where `path` is to be.
-
-    Nothing is told where the system does not know.
-    """
-    try:
-        disk = os.statvfs(os.path.dirname(os.path.realpath(path)))
-    except (AttributeError, OSError):  # pragma: no cover - Windows
-        return
-    free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and size > free:
-        raise OutputError(
-            f"cannot write {path}: it takes {size:,} bytes, and {free:,} are free on the disk; "
-            "nothing was begun",
-            path=path,
-            errno=errno.ENOSPC,
-        )
-
-
 class NewFile:
     """A file that is written at one place, and is to appear at another by someone's rename.
 
-    Leaving the ``with`` block removes it from the first.
+    Leaving the ``with`` block removes it from the first. It may replace what is at a third place:
+    then it gets the access of that, and until it is complete it is for its owner alone.
     """
 
-    def __init__(self, path: str, temporary: str) -> None:
-        self.path, self.temporary = path, temporary
+    def __init__(self, path: str, temporary: str, replaced: str) -> None:
+        self.path, self.temporary, self._replaced = path, temporary, replaced
+        self._access: Access | None = None
         self._descriptor = -1
         self._counting = threading.Lock()
         self._unsynced = 0
@@ -120,8 +87,11 @@ class NewFile:
         return self
 
     def _create(self) -> None:
+        self._access = access_of(self._replaced)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self._descriptor = os.open(self.temporary, flags, 0o666)  # less the umask
+        mode = 0o666 if self._access is None else 0o600  # less the umask
+        self._descriptor = os.open(self.temporary, flags, mode)
+        self._status = os.fstat(self._descriptor)
 
     def __exit__(
         self,
@@ -133,11 +103,15 @@ class NewFile:
 
     def _discard(self) -> None:
         """Remove what was created, and close it; neither can change what happened before."""
+        created = self._descriptor >= 0
+        if not MOVES_OPEN_FILES:
+            created = True  # and perhaps closed, to be renamed
+            self.close()
         try:
-            if self._descriptor >= 0:
+            if created:
                 remove_stray(self.temporary)  # first: what follows may have to wait for the disk
         finally:
-            self._close()
+            self.close()
 
     @property
     def descriptor(self) -> int:
@@ -178,14 +152,14 @@ class NewFile:
     def copy_from(self, source: int, start: int, length: int, offset: int) -> None:
         """Copy bytes of another open file to an offset of this one."""
         while length:
-            data = os.pread(source, min(length, _COPY_BYTES), start)
+            data = read_at(source, min(length, _COPY_BYTES), start)
             if not data:
                 raise OSError(errno.EIO, "the file became shorter while it was copied")
             self.write(data, offset)
             start, offset, length = start + len(data), offset + len(data), length - len(data)
 
     def sync(self) -> None:
-        """Make the file durable, still under its temporary name.
+        """Make the file durable, still under its temporary name, with the access it is to have.
 
         Once it failed it fails: the system drops what it could not write, tells it once, and would
         say of a second try that there was nothing left to do.
@@ -196,14 +170,18 @@ class NewFile:
             with self.failures():
                 if self._sync is not None:
                     self._sync.result()
-                os.fsync(self._descriptor)
+                self._access = access_of(self._replaced) or self._access
+                if self._access is not None:
+                    give(self.temporary, self._descriptor, self._access)
+                sync_file(self._descriptor)
                 # Some file systems tell only on closing; the lock is to stay until the end.
                 os.close(os.dup(self._descriptor))
         except OutputError as error:
             self._lost = error
             raise
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the file, complete or given up."""
         try:
             if self._syncer is not None:
                 self._syncer.shutdown()  # before its file goes
@@ -240,17 +218,15 @@ class AtomicFile(NewFile):
         self.destination = os.path.realpath(path)
         self._kept = ""  # where what is replaced is, until the end
         self._gone = False  # whether what was replaced cannot come back
-        super().__init__(path, beside(self.destination))
+        super().__init__(path, beside(self.destination), self.destination)
 
     def _create(self) -> None:
         reclaim(self.destination)
         super()._create()
         while not claimed(self._descriptor, self.temporary):
-            self._close()
+            self.close()
             self.temporary = beside(self.destination)
             super()._create()
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(self.temporary, stat.S_IMODE(os.stat(self.destination).st_mode))
 
     def commit(self) -> None:
         """Make the file durable and let it appear under its name.
@@ -258,6 +234,8 @@ class AtomicFile(NewFile):
         If the disk does not confirm that it did, it is withdrawn.
         """
         self.sync()
+        if not MOVES_OPEN_FILES:
+            self.close()
         with self.failures():
             if self._overwrite:
                 self._replace()
@@ -268,7 +246,7 @@ class AtomicFile(NewFile):
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
         try:
-            if is_open_as(self.destination, self._descriptor):
+            if stands_at(self.destination, self._status):
                 if self._kept:
                     os.replace(self._kept, self.destination)
                 elif self._gone:
@@ -301,8 +279,10 @@ class AtomicFile(NewFile):
         except OSError as error:
             if error.errno in FAILING:
                 raise
-            refuse_existing(self.destination, overwrite=False)  # no hard links here
-            os.rename(self.temporary, self.destination)
+            try:
+                rename_new(self.temporary, self.destination)  # no hard links here
+            except FileExistsError:
+                raise appeared(self.path) from None
 
     def _discard(self) -> None:
         try:
@@ -313,13 +293,19 @@ class AtomicFile(NewFile):
 
 
 def write_file(path: str, data: bytes, *, overwrite: bool) -> None:
-    """Have a small file appear whole.
+    """Have a small file appear whole; what is a pipe or a device gets the bytes, and stays.
 
     Raises
     ------
     OutputExistsError
         There is one, and it was not to be replaced.
     """
+    if is_stream(path):
+        with failures(path, path), open(path, "wb", buffering=0) as stream:
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+        return
     with AtomicFile(path, overwrite=overwrite) as file:
         file.write(data, 0)
         file.commit()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from wavg import renames
+from wavg.access import Access, access_of, give
+from wavg.destinations import refuse_existing
 from wavg.errors import OutputError, OutputExistsError
-from wavg.publish import NewFile, appeared, confirm, failures, refuse_existing
-from wavg.renames import EXCHANGE, NO_REPLACE, NOT_HERE, rename
-from wavg.temporaries import beside, claimed, is_open_as, reclaim, remove_stray
+from wavg.publish import NewFile, appeared, confirm, failures
+from wavg.renames import EXCHANGE, MOVES_OPEN_FILES, NOT_HERE, open_folder, sync_file
+from wavg.temporaries import beside, claimed, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +34,8 @@ class AtomicFolder:
 
     Notes
     -----
-    The temporary folder is locked as an `AtomicFile` is, and reclaimed like it.
+    The temporary folder is locked as an `AtomicFile` is, and reclaimed like it. A folder that is
+    replaced hands its access on, and its files theirs to those of the same names.
     """
 
     def __init__(self, path: str, *, overwrite: bool = False) -> None:
@@ -40,6 +43,8 @@ class AtomicFolder:
         self.path, self._overwrite = path, overwrite
         self.destination = os.path.realpath(path)
         self.temporary = beside(self.destination)
+        self._access: Access | None = None
+        self._exchanged = False
         self._descriptor = -1
         self._files: list[NewFile] = []
         self._lost: OutputError | None = None
@@ -48,25 +53,28 @@ class AtomicFolder:
         try:
             with failures(self.path, self.temporary):
                 reclaim(self.destination)
-                if os.path.isdir(self.destination):
-                    self._refuse_unless_exchangeable()
+                self._access = access_of(self.destination)
+                if self._access is not None:
+                    refuse_folders_within(self.destination)
                 self._create()
-                if os.path.isdir(self.destination):
-                    mode = stat.S_IMODE(os.stat(self.destination).st_mode)
-                    os.chmod(self.temporary, mode | 0o300)
+                if self._access is not None:
+                    give(self.temporary, self._descriptor, self._access.private())
+                    self._refuse_unless_exchangeable()
         except BaseException:
             self._discard()
             raise
         return self
 
     def _create(self) -> None:
-        os.mkdir(self.temporary)  # less the umask
-        self._descriptor = os.open(self.temporary, os.O_RDONLY)
-        while not claimed(self._descriptor, self.temporary):
-            os.close(self._descriptor)
+        while True:
+            os.mkdir(self.temporary, 0o777 if self._access is None else 0o700)  # less the umask
+            with contextlib.suppress(FileNotFoundError):  # another run took it for a stray
+                self._status = os.stat(self.temporary)
+                self._descriptor = open_folder(self.temporary)
+                if claimed(self._descriptor, self.temporary):
+                    return
+                self._close()
             self.temporary = beside(self.destination)
-            os.mkdir(self.temporary)
-            self._descriptor = os.open(self.temporary, os.O_RDONLY)
 
     def __exit__(
         self,
@@ -78,19 +86,28 @@ class AtomicFolder:
 
     def _discard(self) -> None:
         try:
-            for file in self._files:
-                file._discard()
+            if not MOVES_OPEN_FILES:
+                self._close_files()
             if os.path.lexists(self.temporary):
-                remove_stray(self.temporary)
+                remove_stray(self.temporary)  # first: closing may have to wait for the disk
         finally:
-            if self._descriptor >= 0:
-                descriptor, self._descriptor = self._descriptor, -1
-                with contextlib.suppress(OSError):  # durable already, or given up
-                    os.close(descriptor)
+            self._close_files()
+            self._close()
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            with contextlib.suppress(OSError):  # durable already, or given up
+                os.close(descriptor)
 
     def file(self, name: str) -> NewFile:
         """Begin a file of the folder; it is closed with it."""
-        new = NewFile(os.path.join(self.path, name), os.path.join(self.temporary, name))
+        temporary, replaced = (os.path.join(p, name) for p in (self.temporary, self.destination))
+        new = NewFile(os.path.join(self.path, name), temporary, replaced)
         self._files.append(new.__enter__())
         return new
 
@@ -105,7 +122,11 @@ class AtomicFolder:
             raise self._lost
         try:
             with failures(self.path, self.temporary):
-                os.fsync(self._descriptor)
+                self._access = access_of(self.destination) or self._access
+                if self._access is not None:
+                    give(self.temporary, self._descriptor, self._access)
+                if self._descriptor >= 0:
+                    sync_file(self._descriptor)
         except OutputError as error:
             self._lost = error
             raise
@@ -116,10 +137,13 @@ class AtomicFolder:
         If the disk does not confirm that it did, it is withdrawn.
         """
         self.sync()
+        if not MOVES_OPEN_FILES:
+            self._close_files()
         with failures(self.path, self.temporary):
             if self._overwrite and os.path.isdir(self.destination):
                 refuse_folders_within(self.destination)
-                rename(self.temporary, self.destination, EXCHANGE)
+                renames.rename(self.temporary, self.destination, EXCHANGE)
+                self._exchanged = True
             else:
                 self._publish_new()
             confirm(self)
@@ -127,9 +151,9 @@ class AtomicFolder:
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
         try:
-            if is_open_as(self.destination, self._descriptor):
-                if os.path.lexists(self.temporary):  # what was replaced
-                    rename(self.temporary, self.destination, EXCHANGE)
+            if stands_at(self.destination, self._status):
+                if self._exchanged:  # if what was replaced is there no more, this fails
+                    renames.rename(self.temporary, self.destination, EXCHANGE)
                 else:
                     os.rename(self.destination, self.temporary)
         except OSError:
@@ -138,23 +162,17 @@ class AtomicFolder:
 
     def _publish_new(self) -> None:
         try:
-            rename(self.temporary, self.destination, NO_REPLACE)
+            renames.rename_new(self.temporary, self.destination)
         except FileExistsError:
             raise appeared(self.path) from None
-        except OSError as error:
-            if error.errno not in NOT_HERE:
-                raise
-            refuse_existing(self.destination, overwrite=False, folder=True)
-            os.rename(self.temporary, self.destination)
 
     def _refuse_unless_exchangeable(self) -> None:
-        """Try with two empty folders whether a folder can be replaced at one instant here."""
-        refuse_folders_within(self.destination)
-        pair = beside(self.destination), beside(self.destination)
+        """Try with two files of the new folder whether two can be exchanged at one instant here."""
+        one, other = (os.path.join(self.temporary, name) for name in ("1", "2"))
+        for path in (one, other):
+            open(path, "xb").close()
         try:
-            for folder in pair:
-                os.mkdir(folder)
-            rename(*pair, EXCHANGE)
+            renames.rename(one, other, EXCHANGE)
         except OSError as error:
             if error.errno not in NOT_HERE:
                 raise
@@ -163,9 +181,8 @@ class AtomicFolder:
                 "remove it, or choose another output",
                 path=self.path,
             ) from None
-        finally:
-            for folder in pair:
-                remove_stray(folder)
+        os.unlink(one)
+        os.unlink(other)
 
 
 def refuse_folders_within(path: str) -> None:

@@ -183,5 +183,8 @@ def names_within(paths: Sequence[str]) -> list[str]:
     ['checkpoint-9/model.safetensors', 'checkpoint-10/model.safetensors']
     """
     full = [os.path.abspath(path) for path in paths]
-    top = os.path.commonpath([os.path.dirname(path) for path in full])
-    return [os.path.relpath(path, top) for path in full]
+    try:
+        top = os.path.commonpath([os.path.dirname(path) for path in full])
+    except ValueError:  # on several of Windows' drives
+        return [path.replace(os.sep, "/") for path in full]
+    return [os.path.relpath(path, top).replace(os.sep, "/") for path in full]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from wavg import outputs
 from wavg.checkpoint import Checkpoint, Sink
 from wavg.decisions import Decision
+from wavg.destinations import bare
 from wavg.digests import verify_checksums
 from wavg.errors import NonFiniteError
 from wavg.files import plan_average
@@ -239,7 +240,7 @@ class Subjects:
                     output.finish()
                     output.commit()
             for row, path in paths.items():
-                yield Subject(row, path.rstrip("/"), problems.get(row, ""))
+                yield Subject(row, bare(path), problems.get(row, ""))
         if alone:
             problem = problems.get(None, "") if step.takes else self._spoilt(read, located)
             checkpoint.verify_unchanged()
@@ -251,7 +252,7 @@ class Subjects:
         import shutil
 
         assert self._target is not None  # models are given as files
-        name = self._target.removeprefix(os.path.dirname(self._target.rstrip("/")))
+        name = self._target.removeprefix(os.path.dirname(bare(self._target)))
         root = self._target.removesuffix(name)
         folders = {row: os.path.join(root, f"average-{row}") for row in rows}
         try:

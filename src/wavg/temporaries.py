@@ -7,6 +7,7 @@ has left; only a run to the same output removes it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows: strays are then left for a person to remove
+except ImportError:  # Windows: strays are then left for a person to remove
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -22,24 +23,32 @@ __all__ = [
     "OLD",
     "beside",
     "claimed",
-    "is_open_as",
     "reclaim",
     "reclaim_unnamed",
     "remove",
     "remove_stray",
+    "stands_at",
 ]
 
 NEW, OLD = ".wavg-tmp", ".wavg-old"  # what is in the making; what was replaced a moment ago
 
 
+_LONGEST = 200  # bytes of a name that temporaries repeat; file systems take 255, some fewer
+
+
 def beside(destination: str, ending: str = NEW) -> str:
     """Return a new name for a temporary beside a destination."""
     folder, name = os.path.split(destination)
-    return os.path.join(folder, f".{name}.{os.urandom(6).hex()}{ending}")
+    return os.path.join(folder, f".{_short(name)}.{os.urandom(6).hex()}{ending}")
+
+
+def _short(name: str) -> str:
+    data = os.fsencode(name)
+    return name if len(data) <= _LONGEST else hashlib.sha256(data).hexdigest()
 
 
 def _lock(descriptor: int) -> bool:
-    if fcntl is None:  # pragma: no cover
+    if fcntl is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +59,7 @@ def _lock(descriptor: int) -> bool:
 
 def claimed(descriptor: int, path: str) -> bool:
     """Lock a new temporary; False if another run has just taken it for a stray and removes it."""
-    if fcntl is None:  # pragma: no cover
+    if fcntl is None:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,13 +67,13 @@ def claimed(descriptor: int, path: str) -> bool:
         return False
     except OSError:  # there are no locks here, so nobody reclaims anything
         return True
-    return is_open_as(path, descriptor)
+    return stands_at(path, os.fstat(descriptor))
 
 
-def is_open_as(path: str, descriptor: int) -> bool:
-    """Whether what stands at a path is what a descriptor has open."""
+def stands_at(path: str, status: os.stat_result) -> bool:
+    """Whether what stands at a path is that of which this is the status."""
     try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+        return os.path.samestat(os.lstat(path), status)
     except FileNotFoundError:
         return False
 
@@ -89,15 +98,20 @@ def reclaim_unnamed(naming: str, paths: Sequence[str]) -> None:
         if os.path.isfile(destination):
             for _, descriptor in _strays(destination, NEW):
                 with contextlib.suppress(OSError):  # it is refused then, like any file there
-                    if is_open_as(destination, descriptor):
+                    if stands_at(destination, os.fstat(descriptor)):
                         os.unlink(destination)
 
 
 def _strays(destination: str, *endings: str) -> Iterator[tuple[str, int]]:
     """Yield temporaries of runs that live no more, each locked, with an open descriptor."""
     folder, name = os.path.split(destination)
-    own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}({'|'.join(map(re.escape, endings))})")
-    for entry in os.listdir(folder):
+    ending = "|".join(map(re.escape, endings))
+    own = re.compile(rf"\.{re.escape(_short(name))}\.[0-9a-f]{{12}}({ending})")
+    try:
+        entries = os.listdir(folder)
+    except PermissionError:  # a folder to put files into, not to look around in
+        return
+    for entry in entries:
         if own.fullmatch(entry):
             stray = os.path.join(folder, entry)
             try:
@@ -123,8 +137,11 @@ def remove(path: str) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         os.unlink(path)
         return
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        os.chmod(path, 0o700)  # it has the mode of what it was to replace, or replaced
     for name in os.listdir(path):
-        os.unlink(os.path.join(path, name))
+        with contextlib.suppress(FileNotFoundError):  # another run removes it, too
+            os.unlink(os.path.join(path, name))
     os.rmdir(path)
 
 

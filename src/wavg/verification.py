@@ -281,11 +281,11 @@ def _within(source: Source, place: Sequence[str], output: str) -> str:
 
 
 def _is_plain(name: str) -> bool:
-    return not os.path.isabs(name) and ".." not in name.split(os.sep)
+    return not os.path.isabs(name) and ".." not in name.split("/")
 
 
 def _ends_with(path: str, name: str) -> bool:
-    return f"/{os.path.abspath(path)}".endswith(f"/{name}")
+    return f"/{os.path.abspath(path)}".replace(os.sep, "/").endswith(f"/{name}")
 
 
 def _checkpoint_of(folder: str) -> str | None:

@@ -244,7 +244,7 @@ def is_folder_output(path: str, reference: str) -> bool:
 
     That can only be made after a `reference` which has a folder to itself.
     """
-    slash = path.endswith("/")
+    slash = not os.path.basename(path)
     if not slash and (ending_of(path) or _recognised(path)):
         return False
     if has_folder(reference):

@@ -19,7 +19,7 @@ import numpy as np
 
 from wavg.checkpoint import reading
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
-from wavg.positional import write_exactly
+from wavg.positional import read_at, write_exactly
 
 __all__ = [
     "MOST_OBJECTS",
@@ -67,7 +67,7 @@ class Source(NamedTuple):
                 data, size = b"", min(size, end - offset)
                 while len(data) < size:
                     start = self.base + offset + len(data)
-                    if not (more := os.pread(file.fileno(), size - len(data), start)):
+                    if not (more := read_at(file.fileno(), size - len(data), start)):
                         break
                     data += more
                 return data

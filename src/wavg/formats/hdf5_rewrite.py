@@ -16,6 +16,7 @@ from wavg.errors import OutputError
 from wavg.extents import Extent
 from wavg.formats.hdf5 import Source, is_group, members, opened
 from wavg.formats.hdf5_links import linked_order
+from wavg.positional import read_at
 from wavg.templates import Template
 
 _MARGIN = 16 << 20  # for what HDF5 notes of its chunks
@@ -202,7 +203,7 @@ def _write_chunks(descriptor: int, dataset: Any, spec: TensorSpec) -> None:
             for start, width, size in zip(corner, dataset.chunks, spec.shape, strict=True)
         )
         parts = [
-            os.pread(
+            read_at(
                 descriptor,
                 length * spec.entry.itemsize,
                 spec.extent.offset + first * spec.entry.itemsize,

@@ -30,7 +30,7 @@ from wavg.formats import wire
 
 try:
     import resource
-except ImportError:  # pragma: no cover - Windows
+except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = ["Limits", "Reader", "read_index", "serve"]
@@ -147,14 +147,15 @@ class Reader:
 
     def _fate(self, code: int | None, late: bool) -> str:
         unlimited = "; isolate=False (--no-isolate) sets no limit"
-        if late or code == -getattr(signal, "SIGALRM", 0):
+        ended = signal.Signals(-code).name if code is not None and code < 0 else ""
+        if late or ended == "SIGALRM":
             return f"reading it took more than {self.limits.wall:g} s{unlimited}"
-        if code == -getattr(signal, "SIGPROF", 0):
+        if ended == "SIGPROF":
             return f"reading it took more than {self.limits.cpu:g} s of processor time{unlimited}"
         if code is None:
             return "reading it gave an answer without end"
-        if code < 0:
-            return f"the HDF5 library crashed on it ({signal.Signals(-code).name})"
+        if ended:
+            return f"the HDF5 library crashed on it ({ended})"
         return f"the process that read it ended without an answer (exit code {code})"
 
 
@@ -201,7 +202,7 @@ def serve() -> None:
 @contextlib.contextmanager
 def _limited(limits: Limits) -> Iterator[None]:
     """Have the system end this process when it takes too long, and refuse it too much memory."""
-    if resource is None:  # pragma: no cover - Windows
+    if resource is None:
         yield
         return
     before, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from wavg.checkpoint import Checksum
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
 from wavg.extents import Extent
+from wavg.positional import read_at
 
 __all__ = ["Layout", "Member", "NewMember", "bad_member", "is_safe", "lay_out", "read_members"]
 
@@ -96,7 +97,7 @@ def read_members(path: str) -> list[Member]:
                 with archive.open(info) as content:
                     while content.read(_COPY_BYTES):
                         pass  # the zip library compares the checksum
-            entry += 46 + sum(struct.unpack("<HHH", os.pread(descriptor, 6, entry + 28)))
+            entry += 46 + sum(struct.unpack("<HHH", read_at(descriptor, 6, entry + 28)))
     _refuse_overlap(path, members)
     return members
 
@@ -154,11 +155,11 @@ def _check(path: str, info: zipfile.ZipInfo, names: Mapping[str, int]) -> None:
 
 
 def _member(path: str, descriptor: int, info: zipfile.ZipInfo, entry: int) -> Member:
-    local = os.pread(descriptor, 30, info.header_offset)
+    local = read_at(descriptor, 30, info.header_offset)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise bad_member(path, info.filename, "has no local header where the directory says")
     name_length, extra_length = struct.unpack_from("<HH", local, 26)
-    stored_name = os.pread(descriptor, name_length, info.header_offset + 30)
+    stored_name = read_at(descriptor, name_length, info.header_offset + 30)
     encoding = "utf-8" if info.flag_bits & _UTF8 else "cp437"
     if stored_name.decode(encoding, "replace") != info.orig_filename:
         raise bad_member(
