@@ -30,7 +30,7 @@ from wavg.formats import wire
 
 try:
     import resource
-except ImportError:  # pragma: no cover - Windows
+except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = ["Limits", "Reader", "read_index", "serve"]
@@ -160,7 +160,7 @@ class Reader:
 
 _READER = Reader()  # one a process: the files of a run share it
 atexit.register(_READER.close)
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows
     os.register_at_fork(after_in_child=_READER.forget)
 
 
@@ -201,7 +201,7 @@ def serve() -> None:
 @contextlib.contextmanager
 def _limited(limits: Limits) -> Iterator[None]:
     """Have the system end this process when it takes too long, and refuse it too much memory."""
-    if resource is None:  # pragma: no cover - Windows
+    if resource is None:
         yield
         return
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
