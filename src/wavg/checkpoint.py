@@ -38,6 +38,7 @@ __all__ = [
     "crc32",
     "has_array",
     "identify",
+    "in_pieces",
     "reading",
 ]
 
@@ -349,7 +350,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         digest = hashlib.sha256()
         identity = self.index.files[file]
         with reading(identity.path):
-            for data in _in_pieces(self._descriptors[file], 0, identity.size, stop):
+            for data in in_pieces(self._descriptors[file], 0, identity.size, stop):
                 digest.update(data)
         return digest.hexdigest()
 
@@ -404,14 +405,15 @@ def reading(path: str) -> Iterator[None]:
 def crc32(descriptor: int, extent: Extent, stop: threading.Event | None = None) -> int:
     """Return the CRC-32 of a part of an open file, or of what is read of it before `stop`."""
     value = 0
-    for data in _in_pieces(descriptor, extent.offset, extent.length, stop):
+    for data in in_pieces(descriptor, extent.offset, extent.length, stop):
         value = zlib.crc32(data, value)
     return value
 
 
-def _in_pieces(
-    descriptor: int, offset: int, length: int, stop: threading.Event | None
+def in_pieces(
+    descriptor: int, offset: int, length: int, stop: threading.Event | None = None
 ) -> Iterator[bytes]:
+    """Read a part of an open file, little by little, until the file ends or `stop` is set."""
     end = offset + length
     while offset < end and not (stop is not None and stop.is_set()):
         data = os.pread(descriptor, min(_COPY_BYTES, end - offset), offset)

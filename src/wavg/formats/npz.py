@@ -7,6 +7,7 @@ name for (bfloat16, float8) are written as a structure of one unsigned field tha
 from __future__ import annotations
 
 import ast
+import re
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, has_array, identify
-from wavg.dtypes import dtype_of, lookup
-from wavg.errors import CheckpointFormatError, OutputError, WavgError
+from wavg.dtypes import DTYPES
+from wavg.errors import OutputError
 from wavg.extents import Extent
 from wavg.formats import zips
 from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
+
+# NumPy's own numbers, by the codes that headers have for them: "f4", "u1".
+_BY_CODE = {
+    f"{entry.name[0]}{entry.itemsize}": entry.name
+    for entry in DTYPES
+    if re.fullmatch(r"(float|complex|int|uint|bool)\d*", entry.name)
+}
+_BITS = {entry.name: f"u{entry.itemsize}" for entry in DTYPES if entry.bits % 8 == 0}
 
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
@@ -81,31 +90,28 @@ def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ..
 
 
 def _dtype(path: str, name: str, descr: Any, opaque_dtype: str | None) -> str:
-    if isinstance(descr, list) and len(descr) == 1 and isinstance(descr[0], tuple):
-        label, unsigned = (*descr[0], None)[:2]
-        try:
-            entry = lookup(str(label))
-        except WavgError:
-            raise zips.bad_member(path, name, f"has the dtype {descr!r}") from None
-        if unsigned in (f"<u{entry.itemsize}", f"|u{entry.itemsize}"):
-            return entry.name
-    if descr in ("|V2", "<V2") and opaque_dtype == "bfloat16":
-        return opaque_dtype
-    if descr in ("|V2", "<V2"):
+    opaque = descr in ("|V2", "<V2")
+    if opaque and opaque_dtype is None:
         raise zips.bad_member(
             path,
             name,
             "holds unnamed two-byte values, as NumPy stores bfloat16; "
             "if they are, say opaque_dtype='bfloat16' (--opaque-dtype bfloat16)",
         )
-    try:
-        dtype = np.dtype(descr) if isinstance(descr, str) else None
-    except TypeError:
-        dtype = None
-    entry_of = dtype_of(dtype) if dtype is not None else None
-    if entry_of is None or (dtype is not None and dtype.byteorder == ">"):
+    dtype = opaque_dtype if opaque else _named(descr)
+    if dtype is None:
         raise zips.bad_member(path, name, f"has the dtype {descr!r}, which is not a plain number")
-    return entry_of.name
+    return dtype
+
+
+def _named(descr: Any) -> str | None:
+    """Return the number format that a header names; NumPy itself reads a small language there."""
+    match descr:
+        case str(code):
+            return _BY_CODE.get(code.lstrip("<|="))
+        case [(str(label), str(code))]:
+            return label if _BITS.get(label) == code.lstrip("<|") else None
+    return None
 
 
 class _Deflated:
@@ -130,8 +136,9 @@ class _Deflated:
             self._stream.seek(self._header + start * spec.entry.itemsize)
             data = self._stream.read(out.nbytes)
         if len(data) != out.nbytes:
-            path = str(self._archive.filename)
-            raise CheckpointFormatError(f"{path}: {spec.name} is truncated", path=path)
+            raise zips.bad_member(
+                self._path, spec.name, "unpacks to fewer bytes than the archive says it has"
+            )
         out.view(np.uint8)[...] = np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
