@@ -749,7 +749,7 @@ def test_members_that_overlap_are_refused(tmp_path):
     struct.pack_into("<II", raw, entry + 20, 100, 100)
     with open(path, "wb") as file:
         file.write(raw)
-    with pytest.raises(CheckpointFormatError, match="'config.json' overlaps member 'model"):
+    with pytest.raises(CheckpointFormatError, match="overlaps member 'model"):
         wavg.load(path)
 
 
