@@ -25,13 +25,15 @@ from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
 
-# NumPy's own numbers, by the codes that headers have for them: "f4", "u1".
+_LONGEST_HEADER = 1 << 16
+# NumPy's own numbers, by the codes that headers have for them: "f4", "u1". The others are named
+# beside a code of as many bits.
 _BY_CODE = {
     f"{entry.name[0]}{entry.itemsize}": entry.name
     for entry in DTYPES
     if re.fullmatch(r"(float|complex|int|uint|bool)\d*", entry.name)
 }
-_BITS = {entry.name: f"u{entry.itemsize}" for entry in DTYPES if entry.bits % 8 == 0}
+_NAMED = {entry.name: f"u{entry.itemsize}" for entry in DTYPES if entry.bits % 8 == 0}
 
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
@@ -75,8 +77,10 @@ def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ..
         raise zips.bad_member(path, name, "is not an .npy array")
     width = 2 if magic[6] == 1 else 4
     length = int.from_bytes(member.read(width), "little")
-    if length > 65536:
-        raise zips.bad_member(path, name, f"has a header of {length} bytes")
+    if length > _LONGEST_HEADER:
+        raise zips.bad_member(
+            path, name, f"has a header of {length:,} bytes, more than {_LONGEST_HEADER:,}"
+        )
     text = member.read(length)
     try:
         fields = ast.literal_eval(text.decode("utf-8" if magic[6] == 3 else "latin1").strip())
@@ -110,7 +114,7 @@ def _named(descr: Any) -> str | None:
         case str(code):
             return _BY_CODE.get(code.lstrip("<|="))
         case [(str(label), str(code))]:
-            return label if _BITS.get(label) == code.lstrip("<|") else None
+            return label if _NAMED.get(label) == code.lstrip("<|") else None
     return None
 
 
@@ -167,7 +171,7 @@ def create(
     ((_, _, path),) = parts
     if metadata:
         raise OutputError(f"{path}: .npz files have no place for metadata", path=path)
-    headers = [_npy_header(spec) for spec in specs]
+    headers = [_npy_header(path, spec) for spec in specs]
     layout = zips.lay_out(
         path,
         [
@@ -184,15 +188,17 @@ def create(
     return [Template(layout.size, targets, pieces, finish=lambda output: mend(output, checksums))]
 
 
-def _npy_header(spec: TensorSpec) -> bytes:
-    try:
-        descr: Any = np.lib.format.dtype_to_descr(np.dtype(spec.dtype))
-        if np.dtype(spec.dtype).kind == "V":
-            raise TypeError
-    except TypeError:
-        descr = [(spec.dtype, f"<u{spec.entry.itemsize}")]
+def _npy_header(path: str, spec: TensorSpec) -> bytes:
+    size, dtype = spec.entry.itemsize, spec.dtype
+    if dtype not in _NAMED:
+        raise OutputError(
+            f"{path}: .npz files cannot hold {spec.name!r} ({spec.describe()}); choose another "
+            "format",
+            path=path,
+            tensor=spec.name,
+        )
+    codes = [code for code, name in _BY_CODE.items() if name == dtype]
+    descr = f"{'<' if size > 1 else '|'}{codes[0]}" if codes else [(dtype, f"<u{size}")]
     text = str({"descr": descr, "fortran_order": spec.fortran, "shape": spec.shape})
-    width = 2 if len(text) < 60000 else 4
-    prefix = b"\x93NUMPY" + bytes([1 if width == 2 else 2, 0])
-    text += " " * (-(len(prefix) + width + len(text) + 1) % 64) + "\n"
-    return prefix + len(text).to_bytes(width, "little") + text.encode("latin1")
+    text += " " * (-(11 + len(text)) % 64) + "\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode("latin1")
