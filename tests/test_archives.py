@@ -170,9 +170,11 @@ def test_metadata_have_no_place_in_an_npz(tmp_path):
 
 
 def test_numbers_of_less_than_a_byte_have_no_place_in_an_npz(tmp_path):
-    text = b'{"q":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}'
-    raw = len(text).to_bytes(8, "little") + text + b"ab"
-    (tmp_path / "m.safetensors").write_bytes(raw)
+    text = (
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"q":{"dtype":"F4","shape":[4],"data_offsets":[4,6]}}'
+    )
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
     with pytest.raises(OutputError, match=r"cannot hold 'q' \(float4_e2m1fn\[4\]\)") as caught:
         wavg.average_checkpoints([tmp_path / "m.safetensors"], tmp_path / "average.npz")
     assert caught.value.tensor == "q"
