@@ -215,6 +215,22 @@ def test_an_odd_header_length_is_read(tmp_path):
     np.testing.assert_array_equal(wavg.load(path)["w"], [1, 2])
 
 
+def test_a_header_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"m_{step}.safetensors") for step in (1, 2)]
+    for path in paths:
+        wavg.save(path, {"w": np.ones(2, "f4")})
+    monkeypatch.setattr("wavg.formats.safetensors._HEADER_LIMIT", 100)
+    with pytest.raises(wavg.OutputError, match="no room for a header") as caught:
+        wavg.save(tmp_path / "out.safetensors", {"w" * 60: np.ones(2, "f4")})
+    assert caught.value.path == str(tmp_path / "out.safetensors")
+    with pytest.raises(wavg.OutputError, match=r"no room for a header.*--record none") as caught:
+        wavg.average_checkpoints(paths, tmp_path / "out.safetensors")
+    assert caught.value.path == paths[1]
+    assert not os.path.exists(tmp_path / "out.safetensors")
+    wavg.average_checkpoints(paths, tmp_path / "out.safetensors", record="none")
+    assert list(wavg.load(tmp_path / "out.safetensors")) == ["w"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "size", "name"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -91,6 +92,9 @@ def make_reader():
 
     yield make
     for reader in readers:
+        if reader.process is not None:
+            reader.process.stdin.close()
+            assert reader.process.wait(30) == 0  # it ends with its input, of itself
         reader.close()
 
 
@@ -278,6 +282,29 @@ def test_memory_within_the_limit_is_given(hostile, make_reader):
     assert make_reader(Limits(cpu=5, memory=100 << 20)).read_index(module, path)
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux sets limits of others")
+def test_a_limit_that_stands_already_is_not_raised(hostile, make_reader):
+    reader = make_reader(Limits(cpu=5, memory=1 << 40))
+    good_index(reader)
+    child = reader.process.pid
+    pages = int(Path(f"/proc/{child}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (100 << 20)
+    resource.prlimit(child, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointFormatError, match="too much memory"):
+        reader.read_index(*hostile("allocate 400000000"))
+    assert reader.process.pid == child
+
+
+def test_where_the_system_has_no_such_limits_the_clocks_holds(hostile, make_reader, tmp_path):
+    (tmp_path / "resource.py").write_text("raise ImportError('as on Windows')")
+    reader = make_reader(Limits(cpu=5, wall=1))
+    module, path = hostile("wait")
+    with pytest.raises(CheckpointFormatError, match="more than 1 s"):
+        reader.read_index(module, path)
+    reader.limits = QUICK
+    assert good_index(reader)
+
+
 def test_a_missing_package_is_told_as_such(hostile, reader):
     with pytest.raises(MissingDependencyError, match="why"):
         reader.read_index(*hostile("raise ImportError"))
@@ -417,19 +444,22 @@ def test_it_ends_with_the_interpreter():
     assert ended(int(run_python(code, GOOD, flags=["-X", "dev"])))
 
 
-def test_a_copy_made_by_fork_has_a_process_of_its_own():
-    code = """if True:
+@pytest.mark.parametrize("began", [True, False])
+def test_a_copy_made_by_fork_has_a_process_of_its_own(began):
+    code = f"""if True:
         import os, sys, wavg
         from wavg.formats import isolated
-        wavg.load(sys.argv[1], isolate=True)
-        first = isolated._READER.process.pid
+        if {began}:
+            wavg.load(sys.argv[1], isolate=True)
+        first = isolated._READER.process and isolated._READER.process.pid
         copy = os.fork()
         wavg.load(sys.argv[1], isolate=True)
         print(first == isolated._READER.process.pid)
         if copy:
             assert os.waitpid(copy, 0)[1] == 0
     """
-    assert sorted(run_python(code, GOOD, flags=["-W", "error"]).split()) == ["False", "True"]
+    printed = run_python(code, GOOD, flags=["-W", "error"]).split()
+    assert sorted(printed) == ["False", str(began)]
 
 
 def test_it_finds_its_modules_where_an_isolated_interpreter_does():

@@ -710,6 +710,16 @@ def test_archives_without_sound_members_are_refused(tmp_path, members, message):
         wavg.load(path)
 
 
+def test_an_archives_metadata_may_be_no_table(tmp_path):
+    path = f"{tmp_path}/m.keras"
+    with zipfile.ZipFile(path, "w") as zipped:
+        zipped.writestr("metadata.json", '["keras_version", 3]')
+        zipped.writestr(WEIGHTS, write_weights(io.BytesIO(), model(1)).getvalue())
+    with wavg.open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {}
+        assert list(checkpoint) == list(STATE)
+
+
 def test_duplicate_members_and_bombs_are_refused(tmp_path):
     path = archive(f"{tmp_path}/m.keras", 1)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as zipped:
@@ -749,7 +759,7 @@ def test_members_that_overlap_are_refused(tmp_path):
     struct.pack_into("<II", raw, entry + 20, 100, 100)
     with open(path, "wb") as file:
         file.write(raw)
-    with pytest.raises(CheckpointFormatError, match="overlaps another"):
+    with pytest.raises(CheckpointFormatError, match="overlaps member 'model"):
         wavg.load(path)
 
 
@@ -857,6 +867,25 @@ def test_a_folder_of_sharded_weights_is_a_run_of_whole_checkpoints(tmp_path):
         "m_10.weights.json",
     ]
     assert wavg.plan_average(f"{tmp_path}/m_*").inputs == plan.inputs
+
+
+def test_shards_are_not_divided_anew(tmp_path):
+    paths = [sharded(str(tmp_path), step) for step in (1, 2)]
+    with pytest.raises(wavg.OutputError, match="Keras' shards are not divided anew") as caught:
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json", max_shard_size="1MB")
+    assert caught.value.path == str(tmp_path / "average.weights.json")
+
+
+def test_a_map_keeps_what_else_it_says_and_needs_say_nothing(tmp_path):
+    def edit(content):
+        content["metadata"], content["more"] = "no table", [1]
+
+    paths = [sharded(str(tmp_path), step, edit=edit) for step in (1, 2)]
+    output = tmp_path / "average.weights.json"
+    wavg.average_checkpoints(paths, output)
+    assert_same(wavg.load(output), wavg.average([model(1), model(2)]))
+    content = json.loads(output.read_bytes())
+    assert (content["metadata"], content["more"]) == ("no table", [1])
 
 
 def test_shards_that_exist_are_never_replaced(tmp_path):

@@ -157,6 +157,19 @@ def test_names_that_could_mean_two_layers_are_clustered_only():
     assert ordered(legacy_order, names, config) == ["mid/x/w", "mid/x/v", "mid/y/w"]
 
 
+@pytest.mark.parametrize("count", [16, 17])
+def test_a_name_of_very_many_layers_says_nothing(count):
+    inner = [model(f"b{number}", layer("x")) for number in range(count)]
+    right = [f"mid/b{number}/x/w" for number in range(count)]
+    found = ordered(legacy_order, right[::-1], model("m", model("mid", *inner)))
+    assert found == (right if count == 16 else right[::-1])
+
+
+def test_paths_of_very_many_parts_stay_as_they_are():
+    names = [f"mid/{'a/' * count}{end}" for end in "wv" for count in (70, 2)]
+    assert ordered(legacy_order, names) == names
+
+
 def test_weights_of_the_model_come_first_in_keras_3_and_last_in_keras_2():
     names = ["a/a/kernel", "top_level_model_weights/m/extra"]
     assert ordered(legacy_order, names, keras_version="3.15.1") == names[::-1]

@@ -260,3 +260,15 @@ def test_what_a_file_says_cannot_steer_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "weights \\x1b[2Jfake\\nline" in out
     assert all(letter.isprintable() for letter in out.replace("\n", ""))
+
+
+@pytest.mark.parametrize("value", [1, np.nan])
+def test_nor_can_what_an_average_says_of_it(tmp_path, capsys, value):
+    for step in (1, 2):
+        tensors = {"w\x1b[2J": np.float32([value]), "n\x1b[2J": np.array(step)}
+        wavg.save(tmp_path / f"m_{step}.safetensors", tensors)
+    code = main(["average", str(tmp_path), "-o", str(tmp_path / "average.npz")])
+    told = "".join(capsys.readouterr())
+    assert code == (value != 1)
+    assert "\\x1b[2J" in told
+    assert all(letter.isprintable() for letter in told.replace("\n", ""))

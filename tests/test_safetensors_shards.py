@@ -477,6 +477,19 @@ def test_one_file_averages_into_a_folder_with_its_name(tmp_path):
     assert_same(wavg.load(tmp_path / "out"), averaged(run))
 
 
+def test_a_file_that_was_named_stands_for_its_folder_whatever_stands_beside_it(tmp_path):
+    for step in (1, 2):
+        hf_folders.sharded(tmp_path / f"c-{step}", hf_folders.model(step))
+        hf_folders.single(tmp_path / f"c-{step}", hf_folders.model(step + 10))
+        np.savez(tmp_path / f"c-{step}/model.npz", w=np.ones(step))
+    run = [tmp_path / f"c-{step}/model.safetensors" for step in (1, 2)]
+    wavg.average_checkpoints(run, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+    assert_same(wavg.load(tmp_path / "out"), averaged(run))
+    with pytest.raises(wavg.OutputError, match="is no folder of safetensors for it to follow"):
+        wavg.average_checkpoints([tmp_path / "c-2/model.npz"], f"{tmp_path}/other/")
+
+
 @pytest.mark.parametrize("shards", [(2, 1), (1, 3)])
 @pytest.mark.parametrize("limit", [100, 300, 600, "1kB", "5GB"])
 def test_an_output_is_divided_anew_on_request(tmp_path, shards, limit):

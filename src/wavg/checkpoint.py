@@ -289,7 +289,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
             if not self._descriptors:
                 raise ValueError(f"{self.path} is closed")
             if self._block_reader is None:
-                raise CheckpointFormatError(f"{self.path}: {spec.name} has no bytes to read")
+                raise CheckpointFormatError(
+                    f"{self.path}: {spec.name} has no bytes to read",
+                    path=self.path,
+                    tensor=spec.name,
+                )
             self._block_reader.read(spec, start, out)
             return
         with reading(self.path_of(spec)):

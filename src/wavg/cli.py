@@ -30,6 +30,7 @@ from wavg.cli_options import (
     count_of,
     numbers,
     positive,
+    printable,
     shard_size,
 )
 from wavg.errors import WavgError
@@ -73,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wavg: {told}", file=sys.stderr)
         return 130
     except (WavgError, OSError) as error:
-        lines = _told(error).splitlines()
-        print("\n".join(_shorten(lines, _SHOWN_DIFFERENCES)), file=sys.stderr)
+        lines = _shorten(_told(error).split("\n"), _SHOWN_DIFFERENCES)
+        print("\n".join(map(printable, lines)), file=sys.stderr)
         return 1
     return 0
 
@@ -283,7 +284,8 @@ def _average(options: argparse.Namespace) -> None:
         figures = [_plan_as_json(*parts) for parts in made]
         print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
     elif not options.quiet:
-        print("\n".join(itertools.chain(_made_as_text(made), _notes(made, options), notes)))
+        lines = itertools.chain(_made_as_text(made), _notes(made, options), notes)
+        print("\n".join(map(printable, lines)))
 
 
 def _choose(options: argparse.Namespace) -> None:

@@ -17,13 +17,14 @@ from wavg.cli_options import (
     bytes_of,
     count_of,
     positive,
+    printable,
 )
 from wavg.cli_weights import glyph
 from wavg.errors import WavgError
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
 
-__all__ = ["add_inspect", "add_verify", "printable"]
+__all__ = ["add_inspect", "add_verify"]
 
 _LONGEST = 60  # of a text of metadata
 
@@ -66,18 +67,6 @@ def add_verify(commands: Any) -> None:
     add_opaque(command)
     add_limits(command)
     add_json(command)
-
-
-def printable(text: str) -> str:
-    r"""Return a text of a file in a form that cannot steer a terminal.
-
-    >>> print(printable("w\x1b[2J"))
-    w\x1b[2J
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def _inspect(options: argparse.Namespace) -> None:

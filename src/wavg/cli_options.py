@@ -25,6 +25,7 @@ __all__ = [
     "count_of",
     "numbers",
     "positive",
+    "printable",
     "shard_size",
     "size",
 ]
@@ -215,3 +216,15 @@ def bytes_of(number: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def printable(text: str) -> str:
+    r"""Return a text of a file in a form that cannot steer a terminal.
+
+    >>> print(printable("w\x1b[2J"))
+    w\x1b[2J
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

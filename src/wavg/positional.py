@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["read_at", "read_exactly", "write_exactly"]
+__all__ = ["in_pieces", "read_at", "read_exactly", "write_exactly"]
 
 _MOST = 1 << 30  # at once: macOS refuses 2 GiB
-_COPIED = 1 << 20  # at once, where what is read has to be copied
+_COPIED = 1 << 18  # at once, where what is read is copied or a new object
 _TURNS = [threading.Lock() for _ in range(61)]  # by descriptor
 
 
@@ -28,6 +29,14 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
     with _TURNS[descriptor % len(_TURNS)]:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, size)
+
+
+def in_pieces(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
+    """Read a part of a file, little by little; it ends early where the file does."""
+    end = offset + length
+    while offset < end and (data := read_at(descriptor, min(_COPIED, end - offset), offset)):
+        yield data
+        offset += len(data)
 
 
 def _read_into(descriptor: int, view: memoryview, offset: int) -> int:

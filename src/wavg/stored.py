@@ -147,6 +147,8 @@ def _spec_of(path: str, name: str, array: Array) -> TensorSpec:
     entry = dtype_of(array.dtype)
     if entry is None or entry.bits % 8 or array.dtype.byteorder == ">":
         raise OutputError(
-            f"{path}: cannot store {name!r}: {array.dtype} is not a plain number", tensor=name
+            f"{path}: cannot store {name!r}: {array.dtype} is not a plain number",
+            path=path,
+            tensor=name,
         )
     return TensorSpec(name, entry.name, array.shape)

@@ -7,21 +7,16 @@ needs to know no format. A format comes in only where its layout changes.
 from __future__ import annotations
 
 import bisect
-import errno
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from wavg.checkpoint import Checksum, Index, TensorSpec
 from wavg.extents import Extent, complement
-from wavg.positional import read_exactly, write_exactly
+from wavg.positional import in_pieces, write_exactly
 
 __all__ = ["Part", "Template", "can_patch_in_place", "in_place", "mend"]
-
-_PIECE_BYTES = 256 << 10
 
 
 class Part(NamedTuple):
@@ -118,17 +113,8 @@ def _touched(checksums: Sequence[Checksum], extents: Iterable[Extent]) -> list[C
 def mend(descriptor: int, checksums: Iterable[Checksum]) -> None:
     """Compute checksums anew, and write each wherever the file keeps it."""
     for checksum in checksums:
-        value = _crc32(descriptor, checksum.extent).to_bytes(4, "little")
+        value = 0
+        for data in in_pieces(descriptor, checksum.extent.offset, checksum.extent.length):
+            value = zlib.crc32(data, value)
         for place in checksum.places:
-            write_exactly(descriptor, value, place)
-
-
-def _crc32(descriptor: int, extent: Extent) -> int:
-    value, end = 0, extent.offset + extent.length
-    buffer = np.empty(min(_PIECE_BYTES, extent.length), np.uint8)
-    for offset in range(extent.offset, end, _PIECE_BYTES):
-        part = buffer[: end - offset]
-        if not read_exactly(descriptor, offset, part):
-            raise OSError(errno.EIO, "the file in the making has become shorter")
-        value = zlib.crc32(part.data, value)
-    return value
+            write_exactly(descriptor, value.to_bytes(4, "little"), place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from wavg.checkpoint import reading
 from wavg.errors import CheckpointFormatError, OutputError, WavgError
-from wavg.positional import read_at, write_exactly
+from wavg.positional import in_pieces, write_exactly
 
 __all__ = [
     "MOST_OBJECTS",
@@ -64,13 +65,8 @@ class Source(NamedTuple):
         with reading(self.path), open(self.path, "rb", buffering=0) as file:
 
             def read(offset: int, size: int) -> bytes:
-                data, size = b"", min(size, end - offset)
-                while len(data) < size:
-                    start = self.base + offset + len(data)
-                    if not (more := read_at(file.fileno(), size - len(data), start)):
-                        break
-                    data += more
-                return data
+                size = min(size, end - offset)
+                return b"".join(in_pieces(file.fileno(), self.base + offset, size))
 
             yield read
 
@@ -82,21 +78,9 @@ class _Window(io.RawIOBase):
         self._file, self._base, self._size, self._position = file, base, size, 0
         self._failure: OSError | None = None
 
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -269,11 +253,11 @@ def has_names(group: Any, attribute: str) -> bool:
 
 def names_in(path: str, group: Any, attribute: str) -> list[str]:
     """Read a list of names, joined from its pieces where it was split."""
-    pieces = [group.attrs[attribute]] if attribute in group.attrs else []
-    while not pieces or f"{attribute}{len(pieces)}" in group.attrs:
-        if attribute in group.attrs:
-            break
-        pieces.append(group.attrs[f"{attribute}{len(pieces)}"])
+    keys = [attribute]
+    if attribute not in group.attrs:
+        numbered = (f"{attribute}{number}" for number in itertools.count())
+        keys = list(itertools.takewhile(lambda key: key in group.attrs, numbered))
+    pieces = [group.attrs[key] for key in keys]
     names = []
     for value in (value for piece in pieces for value in np.atleast_1d(piece)):
         text = value.decode("utf-8", "strict") if isinstance(value, bytes) else value

@@ -26,7 +26,11 @@ __all__ = ["create_dataset", "places", "rewrite", "runs"]
 def create_dataset(path: str, group: Any, name: str, spec: TensorSpec, like: Any = None) -> Any:
     """Create a dataset to be filled: in place if contiguous, else in chunks as `like`'s are."""
     if spec.fortran or spec.entry.bits % 8:
-        raise OutputError(f"{path}: HDF5 cannot hold {spec.name!r} ({spec.describe()})", path=path)
+        raise OutputError(
+            f"{path}: HDF5 cannot hold {spec.name!r} ({spec.describe()}); choose another format",
+            path=path,
+            tensor=spec.name,
+        )
     if like is None:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_layout(h5py.h5d.CONTIGUOUS)

@@ -25,6 +25,7 @@ from wavg.dtypes import dtype_of, lookup
 from wavg.errors import CheckpointFormatError, WavgError
 from wavg.extents import Extent, complement
 from wavg.formats.hdf5 import MOST_OBJECTS, Source, member, opened, texts
+from wavg.positional import in_pieces
 
 __all__ = ["BlockReader", "Collector", "boxes", "same_layout", "signature"]
 
@@ -33,7 +34,6 @@ Array = npt.NDArray[Any]
 _CHUNK_CACHE = 2 << 20  # of one input; where a row of chunks is larger, each is unpacked often
 _OPEN_BYTES = 2 << 20  # that the library takes for a file with many chunks
 _CHUNKS_AT_ONCE = 256  # read by one call: the library takes some 4 KB for each
-_COPY_BYTES = 1 << 20
 _LARGEST_RATIO = 1100  # zeros deflate to a thousandth
 _DEFLATE = 1
 # deflate, shuffle, Fletcher's checksum, and h5py's lzf
@@ -131,18 +131,19 @@ class Collector:
 
     def _opaque(self, name: str, dataset: Any, dtype: np.dtype[Any]) -> str:
         label = texts(h5py.Dataset(dataset)).get("dtype", self._opaque_dtype)
-        if label is not None:
-            try:
-                entry = lookup(label)
-            except WavgError as error:
-                raise self.bad(name, f"calls itself what it cannot be: {error}") from None
-            if entry.itemsize == dtype.itemsize and entry.bits % 8 == 0:
-                return entry.name
-        raise self.bad(
-            name,
-            f"holds unnamed values of {dtype.itemsize} bytes, as Keras stores bfloat16; if they "
-            "are, say opaque_dtype='bfloat16' (--opaque-dtype bfloat16)",
-        )
+        if label is None:
+            raise self.bad(
+                name,
+                f"holds unnamed values of {dtype.itemsize} bytes; if they are bfloat16, which "
+                "Keras stores so, say opaque_dtype='bfloat16' (--opaque-dtype bfloat16)",
+            )
+        try:
+            entry = lookup(label)
+        except WavgError as error:
+            raise self.bad(name, f"calls itself what it cannot be: {error}") from None
+        if entry.bits != 8 * dtype.itemsize:
+            raise self.bad(name, f"holds values of {dtype.itemsize} bytes, which is not {label}")
+        return entry.name
 
     def bad(self, name: str, why: str) -> CheckpointFormatError:
         """Return the error of a tensor."""
@@ -183,14 +184,8 @@ def signature(source: Source, specs: Sequence[TensorSpec], beside: bytes = b"") 
     total = hashlib.sha256(b"%d:%d:%d:%b" % (base, length, len(beside), beside))
     with open(source.path, "rb", buffering=0) as file:
         for extent, _ in complement(length, inside):
-            file.seek(base + extent.offset)
-            left = extent.length
-            while left:
-                data = file.read(min(left, _COPY_BYTES))
-                if not data:
-                    return b""
+            for data in in_pieces(file.fileno(), base + extent.offset, extent.length):
                 total.update(data)
-                left -= len(data)
     return total.digest()
 
 

@@ -161,7 +161,7 @@ class Reader:
 
 _READER = Reader()  # one a process: the files of a run share it
 atexit.register(_READER.close)
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows
     os.register_at_fork(after_in_child=_READER.forget)
 
 

@@ -16,6 +16,7 @@ from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
 from wavg.formats.keras_order import weights_order
+from wavg.formats.tables import without_twins
 from wavg.templates import Part, Template
 
 __all__ = ["parts", "patch", "read_index", "renamed"]
@@ -73,7 +74,12 @@ def _read_map(path: str, identity: FileIdentity) -> dict[str, Any]:
         raise _bad(path, f"it has {identity.size:,} bytes, more than {_LARGEST_MAP:,}")
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read(_LARGEST_MAP).decode("utf-8"))
+            content = json.loads(
+                file.read(_LARGEST_MAP).decode("utf-8"),
+                object_pairs_hook=without_twins(lambda why, name: _bad(path, why)),
+            )
+    except CheckpointFormatError:
+        raise
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"it is not JSON ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):

@@ -49,11 +49,12 @@ def recognises(path: str, file: Any) -> bool:
 
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
-    """Walk the tree and find where each dataset's bytes lie."""
+    """Walk the tree and find where each dataset's bytes lie.
+
+    For shards: a file that is named itself is told by its content, in `wavg.formats.keras_h5`.
+    """
     identity = identify(path)
     source = Source(path)
-    if (index := hdf5_tensors.same_layout(source, like, made_of())) is not None:
-        return index
     with hdf5.opened(source) as file:
         return index_of(source, identity, file, hdf5_tensors.Collector(source, opaque_dtype))
 

@@ -7,6 +7,7 @@ name for (bfloat16, float8) are written as a structure of one unsigned field tha
 from __future__ import annotations
 
 import ast
+import re
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, has_array, identify
-from wavg.dtypes import dtype_of, lookup
-from wavg.errors import CheckpointFormatError, OutputError, WavgError
+from wavg.dtypes import DTYPES
+from wavg.errors import OutputError
 from wavg.extents import Extent
 from wavg.formats import zips
 from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
+
+_LONGEST_HEADER = 1 << 16
+# NumPy's own numbers, by the codes that headers have for them: "f4", "u1". The others are named
+# beside a code of as many bits.
+_BY_CODE = {
+    f"{entry.name[0]}{entry.itemsize}": entry.name
+    for entry in DTYPES
+    if re.fullmatch(r"(float|complex|int|uint|bool)\d*", entry.name)
+}
+_NAMED = {entry.name: f"u{entry.itemsize}" for entry in DTYPES if entry.bits % 8 == 0}
 
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
@@ -66,8 +77,10 @@ def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ..
         raise zips.bad_member(path, name, "is not an .npy array")
     width = 2 if magic[6] == 1 else 4
     length = int.from_bytes(member.read(width), "little")
-    if length > 65536:
-        raise zips.bad_member(path, name, f"has a header of {length} bytes")
+    if length > _LONGEST_HEADER:
+        raise zips.bad_member(
+            path, name, f"has a header of {length:,} bytes, more than {_LONGEST_HEADER:,}"
+        )
     text = member.read(length)
     try:
         fields = ast.literal_eval(text.decode("utf-8" if magic[6] == 3 else "latin1").strip())
@@ -81,31 +94,28 @@ def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ..
 
 
 def _dtype(path: str, name: str, descr: Any, opaque_dtype: str | None) -> str:
-    if isinstance(descr, list) and len(descr) == 1 and isinstance(descr[0], tuple):
-        label, unsigned = (*descr[0], None)[:2]
-        try:
-            entry = lookup(str(label))
-        except WavgError:
-            raise zips.bad_member(path, name, f"has the dtype {descr!r}") from None
-        if unsigned in (f"<u{entry.itemsize}", f"|u{entry.itemsize}"):
-            return entry.name
-    if descr in ("|V2", "<V2") and opaque_dtype == "bfloat16":
-        return opaque_dtype
-    if descr in ("|V2", "<V2"):
+    opaque = descr in ("|V2", "<V2")
+    if opaque and opaque_dtype is None:
         raise zips.bad_member(
             path,
             name,
             "holds unnamed two-byte values, as NumPy stores bfloat16; "
             "if they are, say opaque_dtype='bfloat16' (--opaque-dtype bfloat16)",
         )
-    try:
-        dtype = np.dtype(descr) if isinstance(descr, str) else None
-    except TypeError:
-        dtype = None
-    entry_of = dtype_of(dtype) if dtype is not None else None
-    if entry_of is None or (dtype is not None and dtype.byteorder == ">"):
+    dtype = opaque_dtype if opaque else _named(descr)
+    if dtype is None:
         raise zips.bad_member(path, name, f"has the dtype {descr!r}, which is not a plain number")
-    return entry_of.name
+    return dtype
+
+
+def _named(descr: Any) -> str | None:
+    """Return the number format that a header names; NumPy itself reads a small language there."""
+    match descr:
+        case str(code):
+            return _BY_CODE.get(code.lstrip("<|="))
+        case [(str(label), str(code))]:
+            return label if _NAMED.get(label) == code.lstrip("<|") else None
+    return None
 
 
 class _Deflated:
@@ -130,8 +140,9 @@ class _Deflated:
             self._stream.seek(self._header + start * spec.entry.itemsize)
             data = self._stream.read(out.nbytes)
         if len(data) != out.nbytes:
-            path = str(self._archive.filename)
-            raise CheckpointFormatError(f"{path}: {spec.name} is truncated", path=path)
+            raise zips.bad_member(
+                self._path, spec.name, "unpacks to fewer bytes than the archive says it has"
+            )
         out.view(np.uint8)[...] = np.frombuffer(data, np.uint8)
 
     def close(self) -> None:
@@ -160,7 +171,7 @@ def create(
     ((_, _, path),) = parts
     if metadata:
         raise OutputError(f"{path}: .npz files have no place for metadata", path=path)
-    headers = [_npy_header(spec) for spec in specs]
+    headers = [_npy_header(path, spec) for spec in specs]
     layout = zips.lay_out(
         path,
         [
@@ -177,15 +188,17 @@ def create(
     return [Template(layout.size, targets, pieces, finish=lambda output: mend(output, checksums))]
 
 
-def _npy_header(spec: TensorSpec) -> bytes:
-    try:
-        descr: Any = np.lib.format.dtype_to_descr(np.dtype(spec.dtype))
-        if np.dtype(spec.dtype).kind == "V":
-            raise TypeError
-    except TypeError:
-        descr = [(spec.dtype, f"<u{spec.entry.itemsize}")]
+def _npy_header(path: str, spec: TensorSpec) -> bytes:
+    size, dtype = spec.entry.itemsize, spec.dtype
+    if dtype not in _NAMED:
+        raise OutputError(
+            f"{path}: .npz files cannot hold {spec.name!r} ({spec.describe()}); choose another "
+            "format",
+            path=path,
+            tensor=spec.name,
+        )
+    codes = [code for code, name in _BY_CODE.items() if name == dtype]
+    descr = f"{'<' if size > 1 else '|'}{codes[0]}" if codes else [(dtype, f"<u{size}")]
     text = str({"descr": descr, "fortran_order": spec.fortran, "shape": spec.shape})
-    width = 2 if len(text) < 60000 else 4
-    prefix = b"\x93NUMPY" + bytes([1 if width == 2 else 2, 0])
-    text += " " * (-(len(prefix) + width + len(text) + 1) % 64) + "\n"
-    return prefix + len(text).to_bytes(width, "little") + text.encode("latin1")
+    text += " " * (-(11 + len(text)) % 64) + "\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode("latin1")

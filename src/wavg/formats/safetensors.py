@@ -6,6 +6,7 @@ The rules checked here are those of the format's reference implementation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from wavg.dtypes import DTYPES
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.extents import Extent, extent_table, in_order
 from wavg.formats.stand_ins import stand_in
+from wavg.formats.tables import without_twins
 from wavg.templates import Part, Template
 
 __all__ = ["create", "noted", "parsed", "read_header", "read_index"]
@@ -87,15 +89,6 @@ def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatErro
 
 
 def _parse(path: str, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            for name, _ in pairs:
-                if name not in table:
-                    raise _bad(path, f"{name!r} appears twice in its header")
-                del table[name]
-        return table
-
     def no_constant(text: str) -> Any:
         raise _bad(path, f"{text} in its header")
 
@@ -110,7 +103,10 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
         # be 0, and the reference refuses it.
         if text.count(":") != _expected_pairs(header) or "-0" in text:
             header = json.loads(
-                text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=natural
+                text,
+                object_pairs_hook=without_twins(functools.partial(_bad, path)),
+                parse_constant=no_constant,
+                parse_int=natural,
             )
     except CheckpointFormatError:
         raise
@@ -236,18 +232,28 @@ def create(
         spec.name: spec._replace(extent=Extent(0, base + offsets[spec.name], spec.nbytes))
         for spec in specs
     }
-    return [Template(base + position, targets, [(0, len(text).to_bytes(8, "little") + text)])]
+    return [Template(base + position, targets, [(0, _framed(path, text))])]
 
 
-def noted(template: Template, header: bytes, key: str, text: str | None) -> Template:
+def _framed(path: str, header: bytes, advice: str = "") -> bytes:
+    """Return a header with its length before it."""
+    if len(header) > _HEADER_LIMIT:
+        raise OutputError(
+            f"{path}: safetensors have no room for a header of {len(header):,} bytes, of which "
+            f"{_HEADER_LIMIT:,} are allowed{advice}",
+            path=path,
+        )
+    return len(header).to_bytes(8, "little") + header
+
+
+def noted(path: str, template: Template, header: bytes, key: str, text: str | None) -> Template:
     """Return a template of a file with a text in its metadata; None takes the key out.
 
     `header` is what the file has without it. What comes behind moves by what the header grows.
+    `path` is the file's that it is made after.
     """
     base = 8 + len(header)
     new = _with_metadata(header, key, text)
-    if len(new) > _HEADER_LIMIT:
-        raise OutputError(f"a header of {len(new):,} bytes is more than safetensors may have")
     shift = 8 + len(new) - base
     carry = []
     for extent, offset in template.carry:
@@ -255,8 +261,7 @@ def noted(template: Template, header: bytes, key: str, text: str | None) -> Temp
         if cut < extent.length:
             rest = extent._replace(offset=extent.offset + cut, length=extent.length - cut)
             carry.append((rest, offset + cut + shift))
-    pieces = [(offset + shift, data) for offset, data in template.pieces if offset]
-    pieces.insert(0, (0, len(new).to_bytes(8, "little") + new))
+    pieces = [(0, _framed(path, new, "; record='none' (--record none) makes it shorter"))]
     return template._replace(
         size=template.size + shift, pieces=pieces, carry=carry, shift=template.shift + shift
     )

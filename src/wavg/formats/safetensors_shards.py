@@ -7,6 +7,7 @@ Together they are one checkpoint of that format, whose first file is the index.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import folders, safetensors
+from wavg.formats.tables import without_twins
 from wavg.templates import Part, Template
 
 __all__ = ["create", "noted", "parts", "patch", "read_index", "renamed"]
@@ -103,16 +105,7 @@ def _read_bytes(path: str, identity: FileIdentity) -> bytes:
 
 def _table(path: str, raw: bytes) -> dict[str, Any]:
     """Return what an index says; a name that is twice in a table of it is an error."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            for name, _ in pairs:
-                if name not in table:
-                    raise _bad(path, f"{name!r} appears twice in it", name)
-                del table[name]
-        return table
-
+    unique = without_twins(functools.partial(_bad, path))
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointFormatError:
@@ -319,17 +312,16 @@ def noted(
     result = list(templates)
     for number, template in enumerate(templates):
         if number or len(templates) == 1:
-            result[number] = safetensors.noted(
-                template, _header_of(template, reference, number), key, text
-            )
+            header = _header_of(template, reference, number)
+            result[number] = safetensors.noted(reference.path, template, header, key, text)
     return result
 
 
 def _header_of(template: Template, reference: Checkpoint, number: int) -> bytes:
-    """Return the header that a file is to have: a new one, or the reference's."""
-    for offset, data in template.pieces:
-        if offset == 0:
-            return data[8:]
+    """Return the header that a file is to have: a new one, the only piece, or the reference's."""
+    if template.pieces:
+        ((_, data),) = template.pieces
+        return data[8:]
     _, header = safetensors.read_header(reference.index.files[number].path)
     reference.verify_unchanged()
     return header

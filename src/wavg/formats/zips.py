@@ -8,12 +8,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import itertools
 import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from wavg.checkpoint import Checksum
@@ -90,15 +91,19 @@ def read_members(path: str) -> list[Member]:
         members = []
         entry = archive.start_dir
         descriptor = raw.fileno()
+        spans = [(entry, os.fstat(descriptor).st_size, "the directory")]
         for info in infos:
             _check(path, info, names)
-            members.append(_member(path, descriptor, info, entry))
+            member = _member(path, descriptor, info, entry)
+            members.append(member)
+            end = member.payload.offset + member.payload.length
+            spans.append((info.header_offset, end, f"member {member.name!r}"))
             if info.compress_type != STORED:
                 with archive.open(info) as content:
                     while content.read(_COPY_BYTES):
                         pass  # the zip library compares the checksum
             entry += 46 + sum(struct.unpack("<HHH", read_at(descriptor, 6, entry + 28)))
-    _refuse_overlap(path, members)
+        _refuse_overlap(path, spans)
     return members
 
 
@@ -177,12 +182,11 @@ def _member(path: str, descriptor: int, info: zipfile.ZipInfo, entry: int) -> Me
     return Member(info.filename, extent, info.compress_type, info.file_size, checksum)
 
 
-def _refuse_overlap(path: str, members: Sequence[Member]) -> None:
-    end = 0
-    for member in sorted(members, key=lambda member: member.payload.offset):
-        if member.payload.offset < end:
-            raise bad_member(path, member.name, "overlaps another")
-        end = member.payload.offset + member.payload.length
+def _refuse_overlap(path: str, spans: Iterable[tuple[int, int, str]]) -> None:
+    """Raise an error if headers with their bytes overlap: new numbers would overwrite the next."""
+    for (_, end, name), (start, _, behind) in itertools.pairwise(sorted(spans)):
+        if end > start:
+            raise CheckpointFormatError(f"{path}: {name} overlaps {behind}", path=path)
 
 
 def lay_out(path: str, members: Iterable[NewMember]) -> Layout:
