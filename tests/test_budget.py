@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 import wavg
-from wavg import kernel
+from wavg import budget
 from wavg.budget import fit
 from wavg.checkpoint import FileIdentity, Index, TensorSpec
 from wavg.decisions import decide
 from wavg.dtypes import lookup
 from wavg.extents import Extent
-from wavg.kernel import scratch_bytes
 from wavg.options import Options
 
 MIB = 1 << 20
@@ -20,9 +19,17 @@ PLENTY = 10_000 * MIB
 
 @pytest.fixture(params=[True, False], ids=["compiled", "numpy"])
 def compiled(request, monkeypatch):
-    """Whether there is a compiled kernel, as far as a plan can see."""
-    monkeypatch.setattr(kernel, "_compiled", request.param or None)
+    """Whether there is a compiled kernel, for float32 and its halves, as far as a plan can see."""
+    formats = {"float32", "float16", "bfloat16"} if request.param else set()
+    monkeypatch.setattr(budget, "reads_files", lambda *pair: {one.name for one in pair} <= formats)
+    monkeypatch.setattr(budget, "scratch_bytes", taken)
     return request.param
+
+
+def taken(inputs, outputs, source, target, block, *, from_files):
+    """Stand for the kernel's scratch, and tell every argument from every other."""
+    rows = inputs * (300 if from_files else 500) + outputs * 700
+    return rows * block + 11 * source.bits + 13 * target.bits
 
 
 def index(*tensors, form="npz", others=0, in_place=True, reader_bytes=0):
@@ -41,9 +48,7 @@ def fitted(*indexes, created=None, outputs=1, max_memory=PLENTY, workers=1, **op
 
 
 def scratch(inputs, outputs, source, target, block, *, from_files):
-    return scratch_bytes(
-        inputs, outputs, lookup(source), lookup(target), block, from_files=from_files
-    )
+    return taken(inputs, outputs, lookup(source), lookup(target), block, from_files=from_files)
 
 
 def test_the_projected_memory_is_the_sum_of_its_parts(compiled):
