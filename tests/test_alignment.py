@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -113,8 +114,58 @@ def index(path, *names):
 def test_inputs_that_share_a_list_of_tensors_have_one_layout():
     old, new = index("a", "x", "y"), index("b", "y", "x")
     twin = Index("npz", (FileIdentity("c", 0, 0, 0, 0),), new.tensors)
-    layouts, sources = align([old, twin, old, new])
+    layouts, sources = align([old, twin, old, new], "name")
     assert layouts == (1, 0, 1, 0)
     assert [tuple(spec.name for spec in found) for found in sources] == [("y", "y"), ("x", "x")]
     layouts, sources = align([old, new], "position")
     assert [tuple(spec.name for spec in found) for found in sources] == [("y", "x"), ("x", "y")]
+
+
+def refusal(*indexes, how="name"):
+    with pytest.raises(wavg.StructureMismatchError) as caught:
+        align(indexes, how)
+    first, *listed = str(caught.value).split("\n  ")
+    assert listed == [*caught.value.differences]
+    return first, listed
+
+
+def test_the_differences_of_all_inputs_are_listed_in_one_text():
+    old, odd, third = index("old", "x"), index("odd", "x"), index("third", "z", "x")
+    odd = dataclasses.replace(odd, format="keras-h5")
+    same = index("same", "x", "y")
+    new = index("new", "x", "y")
+    assert refusal(old, odd, same, third, new) == (
+        "4 differences between the inputs and the newest, new:",
+        [
+            "old: lacks y (float32[2])",
+            "odd: keras-h5, not npz",
+            "third: lacks y (float32[2])",
+            "third: also has z (float32[2])",
+        ],
+    )
+    assert refusal(old, same, new) == (
+        "1 difference between the inputs and the newest, new:",
+        ["old: lacks y (float32[2])"],
+    )
+    assert refusal(same, old, old, new)[0].startswith("2 differences between")
+
+
+def test_the_advice_to_pair_by_position_is_given_where_it_helps():
+    names, new = index("names", "x", "z"), index("new", "x", "y")
+    assert refusal(names, new)[0] == (
+        "2 differences between the inputs and the newest, new; by position the tensors agree, and "
+        "align='position' (--align position) averages them so:"
+    )
+    assert "position" not in refusal(names, index("few", "x"), new)[0]
+
+
+def test_what_differs_in_a_place_is_told_with_both_names():
+    new = index("new", "x", "y")
+    wide = dataclasses.replace(new, tensors=(new.tensors[0], TensorSpec("z", "float64", (2,))))
+    assert refusal(wide, index("few", "x"), new, how="position") == (
+        "2 differences between the inputs and the newest, new:",
+        [
+            "new: z is float64[2], not float32[2] as y in its place",
+            "few: 1 tensors, not 2",
+        ],
+    )

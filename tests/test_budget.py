@@ -87,6 +87,8 @@ def test_numbers_that_are_compared_take_two_blocks_of_the_one_buffer(compiled):
     _, _, projected = fitted(*[index(("float16", 1), ("float4_e2m1fn", 1000))] * 2)
     smaller = 1001 * (2 + (0 if compiled else 2 * 2))
     assert projected == 10 * MIB + 2 * 900 + MIB + few + max(smaller, 2 * 1001)
+    _, _, swapped = fitted(*[index(("int64", 1000), ("float16", 1))] * 2)
+    assert swapped == fitted(*[index(("float16", 1), ("int64", 1000))] * 2)[2]
     unseen = index(("float16", 1), ("int64", 1000))
     assert fitted(unseen, unseen, exclude=("t1",))[2] < fitted(unseen, unseen)[2]
 
@@ -190,6 +192,11 @@ def test_the_smallest_block_is_reached_exactly_and_named_when_it_does_not_fit():
         f"averaging 1 checkpoints needs at least {(budget + 1) / MIB:.0f} MiB, and "
         f"{budget / MIB:.0f} MiB are allowed; allow more with max_memory (--max-memory)"
     )
+
+
+def test_a_large_budget_is_told_in_whole_mebibytes():
+    with pytest.raises(wavg.MemoryBudgetError, match="and 150 MiB are allowed"):
+        fitted(index(("float32", 9)), outputs=10**7, max_memory=150 * MIB)
 
 
 @pytest.mark.parametrize(

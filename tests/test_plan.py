@@ -126,6 +126,16 @@ def test_checksums_and_digests_make_no_reading_of_their_own_but_take_memory():
         assert passed.projected_memory == plain.projected_memory + plain.workers * (1 << 19)
 
 
+def test_bytes_are_whole_where_numbers_are_not_of_whole_bytes():
+    quarter = (TensorSpec("q", "float4_e2m1fn", (3,)), *TENSORS)
+    indexes = [index(path, tensors=quarter) for path in "abc"]
+    for output_format in ("npz", None):
+        plan, usual = (planned(run, output_format=output_format) for run in (indexes, RUN))
+        assert plan.bytes_read == usual.bytes_read + 3
+        figures = (plan.bytes_read, plan.bytes_written, plan.disk_bytes, plan.result_bytes)
+        assert {type(figure) for figure in figures} == {int}
+
+
 def test_a_file_that_stores_less_than_its_tensors_have_is_no_negative_demand():
     packed = [index("a", size=10)]
     assert planned(packed, (1.0,)).disk_bytes == 20

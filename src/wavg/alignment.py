@@ -18,7 +18,7 @@ _Compare: TypeAlias = Callable[[Index, Index], Iterable[str]]
 
 
 def align(
-    indexes: Sequence[Index], how: str = "name"
+    indexes: Sequence[Index], how: str
 ) -> tuple[tuple[int, ...], Iterable[tuple[TensorSpec, ...]]]:
     """Match the tensors of all inputs to those of the reference, which is the last.
 

@@ -62,13 +62,11 @@ def fit(
             )
             if projected <= options.max_memory:
                 return block, workers, projected
-    block = min(wanted, _SMALLEST_BLOCK)
-    needed = fixed + beside + _worker_bytes(len(indexes), outputs, kinds, block, in_place)
     raise MemoryBudgetError(
-        f"averaging {len(indexes)} checkpoints needs at least {_mib(needed)} MiB, and "
+        f"averaging {len(indexes)} checkpoints needs at least {_mib(projected)} MiB, and "
         f"{_mib(options.max_memory)} MiB are allowed; allow more with "
         "max_memory (--max-memory)",
-        needed=needed,
+        needed=projected,
         allowed=options.max_memory,
     )
 

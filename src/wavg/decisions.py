@@ -89,10 +89,9 @@ _new = tuple.__new__  # of very many named tuples: half the time of calling thei
 def _kinds(reference: Index, options: Options) -> list[Kind]:
     """Return each tensor's kind; those that are alike share one."""
     dtypes = [spec.dtype for spec in reference.tensors]
-    if not options.include and not options.exclude:
-        table = {dtype: _kind(dtype, "", options) for dtype in set(dtypes)}
-        return [table[dtype] for dtype in dtypes]
-    unchosen = [_why_unchosen(spec.name, options) for spec in reference.tensors]
+    unchosen = [""] * len(dtypes)
+    if options.include or options.exclude:
+        unchosen = [_why_unchosen(spec.name, options) for spec in reference.tensors]
     alike = list(zip(dtypes, unchosen, strict=True))
     kinds = {key: _kind(*key, options) for key in set(alike)}
     return [kinds[key] for key in alike]

@@ -6,7 +6,7 @@ Formats name the two in ways of their own; what is known of these is here.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from wavg.checkpoint import TensorSpec
 from wavg.dtypes import DTYPES, DType
@@ -37,7 +37,7 @@ def refuse_quantised(path: str, specs: Sequence[TensorSpec], averaged: Iterable[
     if not codes:
         return
     names, averaged = {spec.name for spec in specs}, set(averaged)
-    numbered: Mapping[str, list[str]] = collections.defaultdict(list)
+    numbered: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
     for spec in specs:
         group = spec.name.removesuffix(_last(spec.name))
         if group.endswith(_NUMBERED) and spec.entry.kind == "float":
@@ -47,7 +47,7 @@ def refuse_quantised(path: str, specs: Sequence[TensorSpec], averaged: Iterable[
         scales: Iterable[str] = [
             *(f"{spec.name}{suffix}" for suffix in _SCALE_SUFFIXES),
             *(f"{group}{name}" for name in _SCALE_NAMES),
-            *(reversed(numbered[group]) if group in numbered else ()),
+            *reversed(numbered[group]),
         ]
         found = next((name for name in scales if name in names and name != spec.name), None)
         if found is not None and (spec.name in averaged or found in averaged):
