@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import wavg
 from wavg import budget
 from wavg.budget import fit
-from wavg.checkpoint import FileIdentity, Index, TensorSpec
+from wavg.checkpoint import Checksum, FileIdentity, Index, TensorSpec
 from wavg.decisions import decide
 from wavg.dtypes import lookup
 from wavg.extents import Extent
@@ -122,6 +124,15 @@ def test_a_new_file_is_laid_out_in_memory_once_an_output():
     assert fitted(model, created="safetensors")[2] == fitted(model)[2] + 2 * 600
     more = fitted(model, created="safetensors", outputs=5)[2] - fitted(model, outputs=5)[2]
     assert more == 2 * 600 * 5
+
+
+def test_what_makes_digests_is_counted_once_a_worker():
+    model = index(("float64", 100_000))
+    checked = dataclasses.replace(model, checksums=(Checksum(Extent(0, 0, 1), 0, ""),))
+    for workers in (1, 2):
+        plain = fitted(model, model, workers=workers)[2]
+        assert fitted(model, model, workers=workers, digests=True)[2] == plain + workers * MIB // 2
+        assert fitted(checked, model, workers=workers)[2] == plain + workers * MIB // 2
 
 
 def test_tensors_without_a_place_are_read_by_one_worker_in_larger_blocks(compiled):
