@@ -146,9 +146,13 @@ def test_saved_states_are_refused_whichever_input_they_are():
     for place in range(3):
         indexes = [*RUN]
         indexes[place] = index("sums", metadata={STATE_KEY: ""})
-        with pytest.raises(wavg.WavgError, match="sums is the saved state") as caught:
+        with pytest.raises(wavg.WavgError) as caught:
             planned(indexes)
         assert caught.value.path == "sums"
+        assert str(caught.value) == (
+            "sums is the saved state of a StreamingAverager, and its sums are no model; have it "
+            "write its average: StreamingAverager.load(path).save_average(…)"
+        )
 
 
 def test_a_model_without_a_number_to_average_is_refused():

@@ -73,10 +73,9 @@ def decide(
     """Return what happens to each tensor, and the elements of each kind in all."""
     kinds = _kinds(reference, options)
     elements = dict.fromkeys(kinds, 0)
-    for kind, spec in zip(kinds, reference.tensors, strict=True):
-        elements[kind] += math.prod(spec.shape)
     decisions = []
     for kind, spec, found in zip(kinds, reference.tensors, sources, strict=True):
+        elements[kind] += math.prod(spec.shape)
         output = spec if kind.target == kind.source else kind.output(spec)
         parts = spec, found, kind.action, kind.reason, output, kind.compare
         decisions.append(_new(Decision, parts))

@@ -76,9 +76,9 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", text.lower())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write 64MiB, 512MB or a number of bytes")
-    number, letter, binary = match.groups("")
-    unit = (1024 if binary else 1000) ** " kmgt".index(letter.lower() or " ")
+    number, letter, binary = match.groups()
+    unit = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
     return int(Fraction(number) * unit)  # in floats 1.001k would be 1,000
