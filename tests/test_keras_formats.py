@@ -938,6 +938,36 @@ def test_shards_already_published_are_withdrawn_when_another_fails(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_shards_that_cannot_be_withdrawn_are_named(tmp_path, monkeypatch):
+    from wavg.publish import AtomicFile
+
+    paths = [sharded(str(tmp_path), step) for step in (1, 2)]
+    commit, unlink = AtomicFile.commit, os.unlink
+
+    def no_map(self):
+        if self.path.endswith(".json"):
+            raise wavg.OutputError("no room")
+        commit(self)
+
+    def no_removal(path):
+        if os.path.basename(path).startswith("average"):
+            raise PermissionError(1, "not permitted")
+        unlink(path)
+
+    monkeypatch.setattr(AtomicFile, "commit", no_map)
+    monkeypatch.setattr(os, "unlink", no_removal)
+    told = (
+        r"no room; \S*average_00000\.weights\.h5, \S*average_00001\.weights\.h5 cannot be removed"
+    )
+    with pytest.raises(wavg.OutputError, match=told) as caught:
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.json")
+    assert caught.value.path == str(tmp_path / "average_00000.weights.h5")
+    assert sorted(path.name for path in tmp_path.glob("*average*")) == [
+        "average_00000.weights.h5",
+        "average_00001.weights.h5",
+    ]
+
+
 # --- archives laid out ----------------------------------------------------------------------------
 
 

@@ -172,7 +172,7 @@ def check_noted(agree, examples):
         raw = written(table, ascii_only, spaces)
         before = parsed(FileIdentity("m", 8 + len(raw) + size, 0, 0, 0), raw)
         template = Template(8 + len(raw) + size, {}, [(0, b""), (8 + len(raw), data)])
-        (_, head), (place, body) = noted(template, raw, key, text).pieces
+        (_, head), (place, body) = noted(template, raw, key, text, "m").pieces
         assert (len(head), body) == (place, data)
         assert agree(b"", whole=head + body).counts["accepted by both"] == 1
         after = parsed(FileIdentity("m", len(head) + size, 0, 0, 0), head[8:])

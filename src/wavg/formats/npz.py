@@ -17,29 +17,30 @@ import numpy as np
 import numpy.typing as npt
 
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, has_array, identify
-from wavg.dtypes import DTYPES
-from wavg.errors import OutputError
+from wavg.dtypes import DType, dtype_of, lookup
+from wavg.errors import OutputError, WavgError
 from wavg.extents import Extent
 from wavg.formats import zips
 from wavg.templates import Part, Template, mend
 
 __all__ = ["block_reader", "create", "patch", "read_index"]
 
-_LONGEST_HEADER = 1 << 16
-# NumPy's own numbers, by the codes that headers have for them: "f4", "u1". The others are named
-# beside a code of as many bits.
-_BY_CODE = {
-    f"{entry.name[0]}{entry.itemsize}": entry.name
-    for entry in DTYPES
-    if re.fullmatch(r"(float|complex|int|uint|bool)\d*", entry.name)
+# The first bytes of an array's file: how wide its header's length is, and its text's encoding.
+_MAGIC = {
+    b"\x93NUMPY\1\0": (2, "latin1"),
+    b"\x93NUMPY\2\0": (4, "latin1"),
+    b"\x93NUMPY\3\0": (4, "utf-8"),
 }
-_NAMED = {entry.name: f"u{entry.itemsize}" for entry in DTYPES if entry.bits % 8 == 0}
+_LONGEST_HEADER = 10_000  # as in NumPy
+_PLAIN = re.compile(r"[<>|=]?[biufc?]\d{0,2}", re.ASCII)
 
 
 def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None = None) -> Index:
     """Read the members' headers."""
     identity = identify(path)
     members = zips.read_members(path)
+    if (name := _ambiguous([member.name for member in members])) is not None:
+        raise zips.bad_member(path, name, f"is what NumPy gives for the array in {name}.npy, too")
     specs: list[TensorSpec] = []
     with zips.sound(path), zipfile.ZipFile(path) as archive:
         for member in members:
@@ -49,6 +50,12 @@ def read_index(path: str, *, opaque_dtype: str | None = None, like: Index | None
                 specs.append(_spec(path, content, member, opaque_dtype))
     stored = [member.checksum for member in members if member.method == zips.STORED]
     return Index("npz", (identity,), tuple(specs), checksums=tuple(stored))
+
+
+def _ambiguous(members: Sequence[str]) -> str | None:
+    """Return a member whose name is that of another's array: NumPy gives the one for the other."""
+    found = set(members)
+    return next((name for name in members if f"{name}.npy" in found), None)
 
 
 def _spec(
@@ -73,20 +80,20 @@ def _spec(
 
 def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, Any, int]:
     magic = member.read(8)
-    if magic[:6] != b"\x93NUMPY" or len(magic) < 8 or magic[6] not in (1, 2, 3):
+    if magic not in _MAGIC:
         raise zips.bad_member(path, name, "is not an .npy array")
-    width = 2 if magic[6] == 1 else 4
+    width, encoding = _MAGIC[magic]
     length = int.from_bytes(member.read(width), "little")
     if length > _LONGEST_HEADER:
-        raise zips.bad_member(
-            path, name, f"has a header of {length:,} bytes, more than {_LONGEST_HEADER:,}"
-        )
+        raise zips.bad_member(path, name, f"has a header of {length:,} bytes")
     text = member.read(length)
     try:
-        fields = ast.literal_eval(text.decode("utf-8" if magic[6] == 3 else "latin1").strip())
-        shape, fortran, descr = fields["shape"], fields["fortran_order"], fields["descr"]
-    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-        raise zips.bad_member(path, name, "has a header that cannot be understood") from None
+        fields = ast.literal_eval(text.decode(encoding))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        fields = None
+    if not isinstance(fields, dict) or fields.keys() != {"shape", "fortran_order", "descr"}:
+        raise zips.bad_member(path, name, "has a header that cannot be understood")
+    shape, fortran, descr = fields["shape"], fields["fortran_order"], fields["descr"]
     sound = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
     if not sound or not isinstance(fortran, bool):
         raise zips.bad_member(path, name, f"has the shape {shape!r}")
@@ -94,28 +101,39 @@ def _read_header(path: str, member: IO[bytes], name: str) -> tuple[tuple[int, ..
 
 
 def _dtype(path: str, name: str, descr: Any, opaque_dtype: str | None) -> str:
-    opaque = descr in ("|V2", "<V2")
-    if opaque and opaque_dtype is None:
+    pair = descr[0] if isinstance(descr, list) and len(descr) == 1 else None
+    if isinstance(pair, tuple) and len(pair) == 2:  # a third would be the shape of every number
+        label, unsigned = pair
+        try:
+            entry = lookup(str(label))
+        except WavgError:
+            raise zips.bad_member(path, name, f"has the dtype {descr!r}") from None
+        if entry.bits % 8 == 0 and unsigned in (f"<u{entry.itemsize}", f"|u{entry.itemsize}"):
+            return entry.name
+    if descr in ("|V2", "<V2") and opaque_dtype == "bfloat16":
+        return opaque_dtype
+    if descr in ("|V2", "<V2"):
         raise zips.bad_member(
             path,
             name,
             "holds unnamed two-byte values, as NumPy stores bfloat16; "
             "if they are, say opaque_dtype='bfloat16' (--opaque-dtype bfloat16)",
         )
-    dtype = opaque_dtype if opaque else _named(descr)
-    if dtype is None:
+    entry_of = _plain(descr)
+    if entry_of is None:
         raise zips.bad_member(path, name, f"has the dtype {descr!r}, which is not a plain number")
-    return dtype
+    return entry_of.name
 
 
-def _named(descr: Any) -> str | None:
-    """Return the number format that a header names; NumPy itself reads a small language there."""
-    match descr:
-        case str(code):
-            return _BY_CODE.get(code.lstrip("<|="))
-        case [(str(label), str(code))]:
-            return label if _NAMED.get(label) == code.lstrip("<|") else None
-    return None
+def _plain(descr: Any) -> DType | None:
+    """Return what plain numbers, in this machine's order, a text stands for."""
+    if not isinstance(descr, str) or not _PLAIN.fullmatch(descr):
+        return None  # of other texts NumPy's parser makes structures, warnings and any error
+    try:
+        dtype = np.dtype(descr)
+    except TypeError:
+        return None
+    return None if dtype.byteorder == ">" else dtype_of(dtype)
 
 
 class _Deflated:
@@ -171,6 +189,9 @@ def create(
     ((_, _, path),) = parts
     if metadata:
         raise OutputError(f"{path}: .npz files have no place for metadata", path=path)
+    if (name := _ambiguous([f"{spec.name}.npy" for spec in specs])) is not None:
+        why = f"in an .npz NumPy would give the array {name.removesuffix('.npy')!r} for {name!r}"
+        raise OutputError(f"{path}: {why}; rename one of them", path=path)
     headers = [_npy_header(path, spec) for spec in specs]
     layout = zips.lay_out(
         path,
@@ -189,16 +210,16 @@ def create(
 
 
 def _npy_header(path: str, spec: TensorSpec) -> bytes:
-    size, dtype = spec.entry.itemsize, spec.dtype
-    if dtype not in _NAMED:
+    if spec.entry.bits % 8:
         raise OutputError(
             f"{path}: .npz files cannot hold {spec.name!r} ({spec.describe()}); choose another "
             "format",
             path=path,
             tensor=spec.name,
         )
-    codes = [code for code, name in _BY_CODE.items() if name == dtype]
-    descr = f"{'<' if size > 1 else '|'}{codes[0]}" if codes else [(dtype, f"<u{size}")]
+    dtype = spec.entry.numpy
+    own = dtype.isbuiltin == 1  # NumPy's; others have no text that it understands
+    descr = dtype.str if own else [(spec.dtype, f"<u{dtype.itemsize}")]
     text = str({"descr": descr, "fortran_order": spec.fortran, "shape": spec.shape})
     text += " " * (-(11 + len(text)) % 64) + "\n"
     return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode("latin1")

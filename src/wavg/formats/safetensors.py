@@ -246,7 +246,7 @@ def _framed(path: str, header: bytes, advice: str = "") -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def noted(path: str, template: Template, header: bytes, key: str, text: str | None) -> Template:
+def noted(template: Template, header: bytes, key: str, text: str | None, path: str) -> Template:
     """Return a template of a file with a text in its metadata; None takes the key out.
 
     `header` is what the file has without it. What comes behind moves by what the header grows.
@@ -261,7 +261,8 @@ def noted(path: str, template: Template, header: bytes, key: str, text: str | No
         if cut < extent.length:
             rest = extent._replace(offset=extent.offset + cut, length=extent.length - cut)
             carry.append((rest, offset + cut + shift))
-    pieces = [(0, _framed(path, new, "; record='none' (--record none) makes it shorter"))]
+    pieces = [(offset + shift, data) for offset, data in template.pieces if offset]
+    pieces.insert(0, (0, _framed(path, new, "; record='none' (--record none) makes it shorter")))
     return template._replace(
         size=template.size + shift, pieces=pieces, carry=carry, shift=template.shift + shift
     )

@@ -313,7 +313,7 @@ def noted(
     for number, template in enumerate(templates):
         if number or len(templates) == 1:
             header = _header_of(template, reference, number)
-            result[number] = safetensors.noted(reference.path, template, header, key, text)
+            result[number] = safetensors.noted(template, header, key, text, reference.path)
     return result
 
 

@@ -28,7 +28,8 @@ STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _LARGEST_RATIO = 100
 _COPY_BYTES = 1 << 20
 _MOST_MEMBERS, _LARGEST_DIRECTORY = 1_000_000, 64 << 20
-_STREAMED, _ENCRYPTED, _UTF8 = 8, 1, 0x800
+_STREAMED, _UTF8 = 8, 0x800
+_ENCRYPTED, _PATCHED = 0x41, 0x20  # of old and of strong encryption; a patch to another file
 _WIDE = 0xFFFFFFFF
 _CHECKSUM_IN_LOCAL, _CHECKSUM_IN_CENTRAL = 14, 16
 _DOS_EPOCH = 0x00210000  # 1980-01-01: the same bytes every time
@@ -132,6 +133,7 @@ def sound(path: str) -> Iterator[None]:
         zlib.error,
         EOFError,
         OSError,
+        OverflowError,
         ValueError,
         RuntimeError,
         struct.error,
@@ -149,6 +151,8 @@ def _check(path: str, info: zipfile.ZipInfo, names: Mapping[str, int]) -> None:
         raise bad_member(path, name, "appears twice")
     if info.flag_bits & _ENCRYPTED:
         raise bad_member(path, name, "is encrypted")
+    if info.flag_bits & _PATCHED:
+        raise bad_member(path, name, "is a patch to data that are not there")
     if not is_safe(name) or not is_safe(info.orig_filename):
         raise bad_member(path, name, "has an unsafe name")
     if info.compress_type not in (STORED, DEFLATED):
