@@ -3,9 +3,9 @@
     python benchmarks/concurrent_runs.py FOLDER [--rounds 100] [--runs 6] [--kill 3]
 
 Each run is a process that averages the same two small checkpoints with weights of its own, so that
-what stands there in the end tells whose it is. In half of the rounds all begin at once, else each at
-a random moment of the time that one takes. Over an existing output, with ``overwrite``, all have to
-succeed; where there is none, one has to, and the others get `OutputExistsError`. In every third
+what stands there in the end tells whose it is. In half of the rounds all begin at once, else each
+at a random moment of the time that one takes. Over an existing output, with ``overwrite``, all have
+to succeed; where there is none, one has to, and the others get `OutputExistsError`. In every third
 round (``--kill``) one of them gets SIGKILL at a random moment: what it leaves the runs of the next
 round find, all at once. What stands under the output's name after a round is compared byte by byte
 with what each run makes alone; so are files of others beside it. Writes concurrent.json to results;
