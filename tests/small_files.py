@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import wavg
 
@@ -17,7 +18,13 @@ KERAS = {
     ".weights.json": "keras3_shards",
 }
 SUFFIXES = [".safetensors", ".npz", *KERAS, "/"]
-REPLACED = [suffix for suffix in SUFFIXES if suffix != ".weights.json"]  # these never are
+_EVERYDAY = [".safetensors", ".h5", ".weights.json", "/"]
+# For parametrize; the longer run takes those that differ little from others.
+ALL = [
+    pytest.param(suffix, marks=[pytest.mark.slow] * (suffix not in _EVERYDAY))
+    for suffix in SUFFIXES
+]
+REPLACED = [each for each in ALL if each.values != (".weights.json",)]  # these never are
 
 
 def inputs(folder: Path, suffix: str) -> list[str]:

@@ -1,7 +1,8 @@
 """What the system refuses in the middle of a run: a typed error, the old output, no trace.
 
-The scripts kills.py, injected.py, truncations.py and bombs.py of benchmarks do the same to the
-system's own calls, and many times; here the calls of `os` fail, each once. See docs/reliability.md.
+The scripts kills.py, injected.py, truncations.py, bombs.py and concurrent_runs.py of benchmarks do
+the same to the system's own calls, and many times; here the calls of `os` fail, each once. See
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -529,12 +530,23 @@ def test_other_errors_are_not_taken_for_shortages():
         "injected.py FOLDER --allocations --most 60 --formats safetensors,.h5",
         "truncations.py FOLDER --step 11 --cuts 100 --changes 20",
         "bombs.py FOLDER",
+        "concurrent_runs.py FOLDER --rounds 12",
     ],
 )
 def test_the_scripts_find_nothing_bad(tmp_path, arguments):
+    script(tmp_path, *arguments.split())
+
+
+def test_of_several_runs_to_one_output_one_wins_whole(tmp_path):
+    formats = "safetensors,folder of safetensors"
+    few = ["--rounds", "2", "--runs", "3", "--kill", "2", "--formats", formats]
+    script(tmp_path, "concurrent_runs.py", "FOLDER", *few)
+
+
+def script(folder, *arguments):
     if not sys.platform.startswith("linux"):
         pytest.skip("the scripts are for Linux")
-    words = arguments.replace("FOLDER", str(tmp_path)).split()
+    words = [str(folder) if word == "FOLDER" else word for word in arguments]
     command = [sys.executable, str(SCRIPTS / words[0]), *words[1:], "--no-record"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode and ("ptrace" in done.stderr or "C compiler" in done.stderr):

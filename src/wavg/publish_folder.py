@@ -170,7 +170,8 @@ class AtomicFolder:
         """Try with two files of the new folder whether two can be exchanged at one instant here."""
         one, other = (os.path.join(self.temporary, name) for name in ("1", "2"))
         for path in (one, other):
-            open(path, "xb").close()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            os.close(os.open(path, flags, 0o600))
         try:
             renames.rename(one, other, EXCHANGE)
         except OSError as error:

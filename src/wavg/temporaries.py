@@ -137,7 +137,7 @@ def remove(path: str) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         os.unlink(path)
         return
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+    if os.stat(path).st_mode & 0o700 != 0o700:
         os.chmod(path, 0o700)  # it has the mode of what it was to replace, or replaced
     for name in os.listdir(path):
         with contextlib.suppress(FileNotFoundError):  # another run removes it, too
