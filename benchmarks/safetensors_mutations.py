@@ -88,6 +88,11 @@ def own_verdict(ask: Callable[[], Index]) -> tuple[Index | None, str, float]:
     return index, why, time.perf_counter() - start
 
 
+def index_of(file: Path) -> Index:
+    with open_file(str(file)) as checkpoint:
+        return checkpoint.index
+
+
 def reference_verdict(content: bytes) -> tuple[dict[str, dict] | None, str]:
     try:
         return dict(safetensors.deserialize(content)), ""
@@ -210,7 +215,7 @@ def judge(tally: Tally, made: Mutant, file: Path, whole: bytes | None = None) ->
         index, why, taken = own_verdict(lambda: parsed(identity(raw, data), raw))
     else:
         file.write_bytes(content)
-        index, why, taken = own_verdict(lambda: open_file(str(file)).index)
+        index, why, taken = own_verdict(lambda: index_of(file))
         raw = content[8 : 8 + int.from_bytes(content[:8], "little")]
         data = content[8 + len(raw) :]
     tally.slowest = max(tally.slowest, taken)

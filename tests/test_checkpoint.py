@@ -125,3 +125,21 @@ def test_what_is_no_plain_number_is_not_saved(tmp_path, array):
         wavg.save(tmp_path / "m.safetensors", {"x": array})
     assert (caught.value.path, caught.value.tensor) == (str(tmp_path / "m.safetensors"), "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_that_is_forgotten_is_closed_with_a_warning(path):
+    checkpoint = wavg.open_checkpoint(path)
+    descriptor = checkpoint.descriptor(0)
+    held = [checkpoint]
+    del checkpoint
+    with pytest.warns(ResourceWarning, match=r"m\.npz was not closed"):
+        held.clear()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_a_closed_one_is_forgotten_without_a_word(path):
+    with wavg.open_checkpoint(path) as checkpoint:
+        held = [checkpoint]
+    del checkpoint
+    held.clear()

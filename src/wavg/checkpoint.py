@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -209,11 +210,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def __init__(
         self, index: Index, block_reader: Callable[[Index], BlockReader] | None = None
     ) -> None:
+        self._descriptors: list[int] = []
         self.index = index
         self._make_block_reader = block_reader
         self._block_reader: BlockReader | None = None
         self._by_name: dict[str, TensorSpec] | None = None
-        self._descriptors: list[int] = []
         try:
             for identity in index.files:
                 self._descriptors.append(os.open(identity.path, os.O_RDONLY | _O_BINARY))
@@ -268,6 +269,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 os.close(self._descriptors.pop())
         if self._block_reader is not None:
             self._block_reader.close()
+
+    def __del__(self) -> None:
+        if self._descriptors:
+            message = f"{self.path} was not closed"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+            self.close()
 
     def spec(self, name: str) -> TensorSpec:
         """Return the specification of a tensor."""
