@@ -57,7 +57,18 @@ GROUPS = {
         ("tests/test_kernel_parts.py", "tests/test_kernel.py"),
         FIXED,
     ),
-    "plan": Group(("plan",), ("tests/test_files.py",), FIXED),
+    "plan": Group(
+        ("options", "alignment", "quantised", "decisions", "budget", "plan"),
+        (
+            "tests/test_options.py",
+            "tests/test_alignment.py",
+            "tests/test_quantised.py",
+            "tests/test_decisions.py",
+            "tests/test_budget.py",
+            "tests/test_plan.py",
+        ),
+        FIXED,
+    ),
 }
 
 KINDS = {
