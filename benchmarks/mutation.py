@@ -58,7 +58,7 @@ GROUPS = {
         FIXED,
     ),
     "plan": Group(
-        ("options", "alignment", "quantised", "decisions", "budget", "plan"),
+        ("options", "alignment", "quantised", "decisions", "budget", "plan", "runs"),
         (
             "tests/test_options.py",
             "tests/test_alignment.py",
@@ -66,6 +66,7 @@ GROUPS = {
             "tests/test_decisions.py",
             "tests/test_budget.py",
             "tests/test_plan.py",
+            "tests/test_runs.py",
         ),
         FIXED,
     ),

@@ -84,6 +84,77 @@ def test_a_run_is_one_long_tensor_of_every_layout(made):
                 assert source.extent == (*first.extent[:2], source.nbytes)
 
 
+def tensor(name, size, *places, dtype="float32", output=None, action="average", fortran=False):
+    """Return the decision on a tensor, of places (file, offset) or None, one a layout."""
+    shape = (1, size) if fortran else (size,)
+    extents = [place and Extent(*place, size * SIZES[dtype]) for place in places]
+    sources = tuple(TensorSpec(name, dtype, shape, extent, fortran) for extent in extents)
+    return Decision(sources[0], sources, action, "", sources[0]._replace(dtype=output or dtype))
+
+
+def test_neighbours_in_every_layout_are_one_tensor_with_parts():
+    a = tensor("a", 6, (0, 100), (1, 24), fortran=True)
+    b = tensor("b", 2, (0, 124), (1, 48))
+    c = tensor("c", 3, (0, 132), (1, 56))
+    (run,) = make_runs([b, c, a])  # not in the order of their places
+    assert run.decisions == (a, b, c)
+    assert run.starts == (0, 6, 8)
+    assert run.size == 11
+    assert run.sources == (
+        TensorSpec("a", "float32", (11,), Extent(0, 100, 44), fortran=False),
+        TensorSpec("a", "float32", (11,), Extent(1, 24, 44), fortran=False),
+    )
+    assert run.sources[0].fortran is False
+    assert [*run.pieces(0, 11)] == [(a, 0, 0, 6), (b, 0, 6, 8), (c, 0, 8, 11)]
+    assert [*run.pieces(2, 7)] == [(a, 2, 2, 6), (b, 0, 6, 7)]
+    assert [*run.pieces(7, 9)] == [(b, 1, 7, 8), (c, 0, 8, 9)]
+    assert [*run.pieces(6, 8)] == [(b, 0, 6, 8)]
+    assert [*run.pieces(8, 8)] == []
+
+
+def test_two_neighbours_are_enough():
+    a, b = tensor("a", 1, (0, 0)), tensor("b", 1, (0, 4))
+    (run,) = make_runs([a, b])
+    assert (run.decisions, run.starts, run.size) == ((a, b), (0, 1), 2)
+    assert run.sources[0].extent == Extent(0, 0, 8)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        tensor("b", 2, (0, 13), (0, 12)),
+        tensor("b", 2, (1, 12), (0, 12)),
+        tensor("b", 2, (0, 12), (0, 16)),
+        tensor("b", 2, (0, 12), (1, 12)),
+        tensor("b", 2, None, (0, 12)),
+        tensor("b", 2, (0, 12), (0, 12), dtype="float16", output="float32"),
+        tensor("b", 2, (0, 12), (0, 12), output="float16"),
+    ],
+)
+def test_one_thing_that_differs_keeps_two_apart(second):
+    first = tensor("a", 3, (0, 0), (0, 0))
+    assert [run.decisions for run in make_runs([first, second])] == [(first,), (second,)]
+    for run in make_runs([first, second]):
+        assert run.sources == run.decisions[0].sources
+        assert (run.starts, run.size) == ((0,), run.decisions[0].spec.size)
+    others = [tensor(name, 3, (2, at), (2, at)) for name, at in (("x", 0), ("y", 12))]
+    runs = [run.decisions for run in make_runs([*others, first, second])]
+    assert sorted(runs, key=len) == [(first,), (second,), tuple(others)]
+
+
+def test_a_tensor_by_itself_stays_as_it_is_stored():
+    alone = tensor("a", 3, None, fortran=True)
+    (run,) = make_runs([alone])
+    assert run == ((alone,), (0,), alone.sources, 3)
+
+
+def test_what_is_carried_over_or_empty_is_in_no_run_and_parts_nothing():
+    a, b = tensor("a", 1, (0, 0)), tensor("b", 1, (0, 4))
+    carried, empty = tensor("n", 1, (0, 8), action="carry"), tensor("e", 0, (0, 4))
+    assert [run.decisions for run in make_runs([a, carried, empty, b])] == [(a, b)]
+    assert [*make_runs([carried, empty])] == []
+
+
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 9))))
 def test_a_complement_is_every_byte_outside(parts):
     extents = [Extent(0, offset, length) for offset, length in parts]
