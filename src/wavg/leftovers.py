@@ -157,7 +157,7 @@ class Leftovers:
         values = signed_zeros(integers, columns).astype(target.numpy)
         used = np.array(integers, dtype=bool)
         nonzero = np.flatnonzero(columns[used].any(axis=0))
-        if columns.size > _FEW and len(nonzero) and combination.tame[index]:
+        if columns.size > _FEW and combination.tame[index]:
             matrix, totals = combination.matrix[index], combination.totals[index]
             total = float(totals), float(combination.low_totals[index])
             lossless = combination.lossless[index]

@@ -82,7 +82,7 @@ class Tiles:
             self._matrix = matrix.astype(self._start)
         limits = np.finfo(self._start)
         self._error = combination.error(float(limits.epsneg))
-        self._least = (inputs + 6) * float(limits.smallest_subnormal)
+        self._least = (inputs + 6) * float(limits.smallest_subnormal)  # what products may lose
         self._range = float(limits.max) / 4
 
     def portions(self, block: Array, outs: Array) -> Iterator[Portion]:
@@ -142,7 +142,7 @@ class Tiles:
         """Write the lower ends of the intervals, rounded; return where the upper ones differ."""
         self._reserve(raw.shape[1])
         self._multiply(raw)
-        error = (self._error * largest + self._least * (1 + largest))[:, None].astype(self._start)
+        error = (self._error * largest + self._least)[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
         self._round(outs)
         np.add(self._sums, error, out=self._shifted)
