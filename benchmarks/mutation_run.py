@@ -2,13 +2,14 @@
 
 Everything is imported and collected once. The tests run once on the originals, which shows what
 each of them reaches and how long it takes; then, for each mutant, those that reach its function run
-in a fork of that process until one fails: quick ones first, and those that failed before. See
-mutation.py.
+in a fork of that process until one fails or their time is over: quick ones first, and those that
+failed before. See mutation.py.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import mmap
 import os
@@ -61,15 +62,17 @@ class Forks:
         self._asked: list[str] = json.loads((folder / "asked.json").read_text())
         self._outcomes = folder / "outcomes.jsonl"
         self._deadline = time.time() + 60 * float(os.environ["MUTATION_MINUTES"])
-        self._failed, self._most = False, 0.0
+        self._failed = False
         self._seconds: dict[Any, float] = {}
         self._items_of: dict[str, list[Any]] = {}
+        self._budget = float(os.environ["MUTATION_SECONDS"])
         self._killer = mmap.mmap(-1, 4)  # the place of the test that failed, told by a child
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo) -> None:
+        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
             if active:
-                os._exit(1)
+                os._exit(1)  # before it is told in so many words
             self._failed = True
 
     @pytest.hookimpl(tryfirst=True)
@@ -81,11 +84,11 @@ class Forks:
             self._seconds[item] = time.process_time() - start
             for name in reached:
                 self._items_of.setdefault(name, []).append(item)
-        self._most = sum(self._seconds.values())
         if self._failed:
             raise pytest.UsageError("tests fail without any mutation")
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
         session.config.pluginmanager.unregister(terminal)
+        gc.freeze()  # so that forks share it
         with open(self._outcomes, "a") as file:
             for number, name in enumerate(self._asked):
                 if time.time() > self._deadline:
@@ -112,12 +115,15 @@ class Forks:
         """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
         global active
         active = name
-        seconds = 5 + int(4 * self._most)
+        gc.disable()
+        seconds = 10 + int(4 * self._budget)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             for place, item in enumerate(items):
+                if time.process_time() > self._budget:
+                    break
                 self._killer[:] = place.to_bytes(4, "little")
                 following = items[place + 1] if place + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
