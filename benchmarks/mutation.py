@@ -7,8 +7,9 @@ GROUP is one of `GROUPS` below: modules, and the tests that judge them. mutmut m
 tests. With ``--again`` what was killed there before is taken for killed, and what has a reason for
 surviving; with ``--only``, of the rest what the pattern names is run, nothing if it is empty.
 
-A mutant that no test tells from the original, in `--seconds` of processor time, needs a reason in survivors.toml, found by module,
-function and text, not by a number. The script fails on one without, and on a reason for nothing.
+A mutant that no test tells from the original, in `--seconds` of processor time, needs a reason in
+survivors.toml, found by module, function and text, not by a number. The script fails on one
+without, and on a reason for nothing.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--only", help="a regular expression of mutants to run")
-    parser.add_argument("--seconds", type=float, default=2, help="of processor, for a mutant")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of processor, for a mutant")
     parser.add_argument("--minutes", type=float, default=40)
     options = parser.parse_args()
     group = GROUPS[options.group]

@@ -2,8 +2,8 @@
 
 Everything is imported and collected once. The tests run once on the originals, which shows what
 each of them reaches and how long it takes; then, for each mutant, those that reach its function run
-in a fork of that process until one fails or their time is over: quick ones first, and those that
-failed before. See mutation.py.
+in a fork of that process until one fails or their time is over: those first that told another
+mutant of it, then quick ones. See mutation.py.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Forks:
         self._failed = False
         self._seconds: dict[Any, float] = {}
         self._items_of: dict[str, list[Any]] = {}
+        self._told: dict[str, dict[Any, int]] = {}  # how often a test told mutants of a function
         self._budget = float(os.environ["MUTATION_SECONDS"])
         self._killer = mmap.mmap(-1, 4)  # the place of the test that failed, told by a child
 
@@ -101,13 +102,15 @@ class Forks:
         items = self._items_of.get(stem_of(name), [])
         if not items:
             return "untested"
-        items = sorted(items, key=self._seconds.__getitem__)
+        told = self._told.setdefault(stem_of(name), {})
+        items = sorted(items, key=lambda item: (-told.get(item, 0), self._seconds[item]))
         child = os.fork()
         if not child:
             self._judge(name, items)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 1:
             killer = items[int.from_bytes(self._killer[:], "little")]
+            told[killer] = told.get(killer, 0) + 1
             self._seconds[killer] /= 2  # it is worth more
         return {0: "survived", -24: "timed out"}.get(status, "killed")
 
