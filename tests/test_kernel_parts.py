@@ -336,6 +336,163 @@ def test_ratios_next_to_a_tie_go_to_their_side():
     assert float(exact.ratio(*tie, F32)) == 1.0
 
 
+# The bounds are argued, not measured, and leave room; so the tests hold the code to the argument.
+
+
+def test_a_bound_of_double_double_counts_its_terms(monkeypatch):
+    told = []
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: told.append((*a, exact)))
+    unit, lost = 2.0**-53, 2.0**-1070
+    long = 1 + 2.0**-40  # of two halves
+    columns = np.array([[1.0, -2.0, 2.0**-970], [0.0, 3.0, 0.0]])
+    exact.double_double(np.array([0.5, 0.25]), (0.75, 0.0), True, columns, F32)
+    high, low, error, total, entry, exactly = told.pop()
+    assert high.tolist() == [0.5, -0.25, 2.0**-971]
+    assert low.tolist() == [0.0, 0.0, 0.0]
+    assert (total, entry) == ((0.75, 0.0), F32)
+    assert exactly.tolist() == [True, True, False]  # the last may have lost bits
+    reach, terms = np.array([0.5, 1.75, 2.0**-971]), 4 + 2
+    largest = np.array([1.0, 3.0, 2.0**-970])
+    expected = reach * (terms**2 * 8 * unit**2) + terms * lost * (1 + largest)
+    assert error.tolist() == expected.tolist()
+    exact.double_double(np.array([long / 2]), (1.0, 0.0), False, np.array([[long]]), F32)
+    high, low, error, _, _, exactly = told.pop()
+    assert Fraction(high[0]) + Fraction(low[0]) == Fraction(long) ** 2 / 2
+    assert exactly.tolist() == [False]
+    assert error[0] == pytest.approx(0.5 * (8**2 * 8 * unit**2), rel=1e-9)
+
+
+def test_products_below_the_smallest_are_not_taken_for_exact(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: exact)
+    for number, expected in [(2.0**-959, True), (2.0**-960, False), (0.0, True)]:
+        found = exact.double_double(
+            np.array([0.5, 0.5]), (1.0, 0.0), True, np.array([[number], [0.0]]), F32
+        )
+        assert found.tolist() == [expected]
+
+
+def test_sums_of_three_parts_are_not_taken_for_exact(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: exact)
+    three = np.array([[1.0, 1.0], [2.0**-60, 2.0**-60], [2.0**-120, 0.0]])
+    found = exact.double_double(np.array([0.25, 0.25, 0.25]), (0.75, 0.0), True, three, F32)
+    assert found.tolist() == [False, True]
+
+
+def test_a_quotients_bound_is_four_units_of_its_correction_and_eight_squares():
+    """Next to a tie of 1 and the number above; one step of the sum nearer is too near."""
+    half, step = 2.0**-53, 2.0**-105
+    for sign in (1, -1):
+        for steps, expected in ((6, False), (7, True)):
+            low = np.array([sign * (half + steps * step)])
+            high, error = np.array([1.0 * sign]), np.array([0.0])
+            values, certain = exact.divide(
+                high, low, error, (1.0, 0.0), F64, exact=np.array([False])
+            )
+            assert certain.tolist() == [expected]
+            if expected:
+                assert values.tolist() == [sign * (1 + 2 * half)]
+
+
+def test_a_quotients_bound_takes_in_what_its_dividend_may_be_off():
+    half = 2.0**-53
+    for error, expected in ((2.0**-63, False), (2.0**-65, True)):
+        _, certain = exact.divide(
+            np.array([2.0]),
+            np.array([2 * half + 2.0**-64]),
+            np.array([error]),
+            (2.0, 0.0),
+            F64,
+            exact=np.array([False]),
+        )
+        assert certain.tolist() == [expected]
+
+
+def test_sums_splits_and_remainders_lose_nothing():
+    rng = np.random.default_rng(0)
+    a, b, c = np.ldexp(rng.standard_normal((3, 200)), rng.integers(-60, 61, (3, 200)))
+    for x, y, total, rest in zip(a, b, *exact._two_sum(a, b), strict=True):
+        assert Fraction(total) + Fraction(rest) == Fraction(x) + Fraction(y)
+        assert total == x + y
+    for x, high, low in zip(a, *exact._halves(a), strict=True):
+        assert Fraction(high) + Fraction(low) == Fraction(x)
+        for half in (high, low):
+            assert (half.as_integer_ratio()[0]).bit_length() <= 60 or half == 0
+            assert len(bin(int(math.ldexp(math.frexp(half)[0], 53))).rstrip("0")) - 2 <= 27
+    quotients = a / b
+    for x, y, q, rest in zip(a, b, quotients, exact._remainder(a, quotients, b), strict=True):
+        assert Fraction(rest) == Fraction(x) - Fraction(q) * Fraction(y)
+    assert c.size
+
+
+def test_the_compiled_step_is_told_totals_windows_and_errors():
+    rows = [[1, 2, 3], [0.1, 0.25, 0.3], [3, -1, 0], [1, -1, 2.0**-1000], [1, 2.0**-1074, -0.5]]
+    combination = Combination.of(rows)
+    for source in (F32, BF16, F16):
+        ours = compiled.Compiled(combination, source, F32)
+        errors = combination.error(2.0**-53).tolist()
+        narrow = 2.0 ** (source.precision - 52)
+        assert ours._rows.tolist() == [
+            [6.0, 6 * narrow, errors[0]],
+            [float(combination.totals[1]), np.inf, errors[1]],
+            [2.0, 4 * narrow, errors[2]],
+            [1.0, np.inf, np.inf],  # settles nothing but zeros
+            [1.0, np.inf, np.inf],
+        ]
+        assert ours._weights.tolist() == [
+            [1.0, 2.0, 3.0],
+            combination.matrix[1].tolist(),
+            [3.0, -1.0, 0.0],
+            [1.0, -1.0, 1.0],
+            [1.0, 1.0, -1.0],
+        ]
+    assert combination.matrix[4][1] == 0  # it vanished
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "start", "unit", "least"),
+    [
+        (BF16, BF16, "float32", 2.0**-24, 2.0**-149),
+        (E4M3, BF16, "float32", 2.0**-24, 2.0**-149),
+        (BF16, F16, "float64", 2.0**-53, 2.0**-1074),
+        (F16, BF16, "float64", 2.0**-53, 2.0**-1074),
+        (F32, F32, "float64", 2.0**-53, 2.0**-1074),
+    ],
+)
+def test_the_bounds_of_the_step_in_numpy(source, target, start, unit, least):
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = tiles.Tiles(combination, source, target)
+    assert ours._matrix.dtype == start
+    assert ours._error.tolist() == combination.error(unit).tolist()
+    assert ours._least == 9 * least
+    assert ours._range == float(np.finfo(start).max) / 4
+    means = combination.matrix / combination.totals[:, None]
+    factor = 2.0**112 if source is F16 else 1.0
+    assert ours._matrix.tolist() == (means * factor).astype(start).tolist()
+
+
+def test_sums_of_float16_are_known_to_be_exact_for_few_whole_weights():
+    for weights, expected in [
+        ([4095, 0], True),
+        ([4095, 1], False),  # 13 bits
+        ([2000, -2095], True),
+        ([0.1, 0.25], False),
+    ]:
+        ours = tiles.Tiles(Combination.of(weights), F16, F32)
+        assert ours._exact is expected
+        assert tiles.Tiles(Combination.of(weights), F32, F32)._exact is False
+        assert tiles.Tiles(Combination.of(weights), F16, F64)._exact is False
+    both = Combination.of([[1, 1], [0.1, 0.25]])
+    assert tiles.Tiles(both, F16, F32)._exact is False
+
+
+def test_a_row_that_nearly_cancels_leaves_all_to_the_further_steps():
+    block = np.ones((3, 5), np.float64)
+    for weights, hopeless in [([[1, 1, 1]], False), ([[1, 1, 1], [1, -1, 1e-300]], True)]:
+        ours = tiles.Tiles(Combination.of(weights), F64, F32)
+        (portion,) = ours.portions(block, np.empty((len(weights), 5), np.float32))
+        assert portion.flags.all() == hopeless
+
+
 # leftovers
 
 

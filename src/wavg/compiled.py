@@ -63,8 +63,7 @@ class Compiled:
 
     def __init__(self, combination: Combination, source: DType, target: DType) -> None:
         self._source, self._formats = source, (_FORMATS[source.name], _FORMATS[target.name])
-        self._left = np.empty((0, 0), bool)
-        self._block: Array = np.empty((0, 0), source.numpy)
+        self._left = self._block = _NONE
         self._weights = combination.matrix.copy()
         rows = []
         errors = combination.error(2.0**-53).tolist()

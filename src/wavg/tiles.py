@@ -68,7 +68,7 @@ class Tiles:
         self._start = _start(source, target)
         self._tile = _tile_width(inputs, outputs)
         self._span = span(inputs, outputs, target)
-        self._sums: Array = np.empty((outputs, 0), self._start)
+        self._reserved = 0
         # The sums of float16 need no bound where float64 holds them exactly, whatever the numbers.
         self._exact = (
             source.name == "float16"
@@ -110,13 +110,14 @@ class Tiles:
 
     def _reserve(self, width: int) -> None:
         """Make scratch arrays for a span; they are kept for the next span of this width."""
-        if self._sums.shape[1] == width:
+        if self._reserved == width:
             return
+        self._reserved = width
         outputs, inputs = self._combination.matrix.shape
         tile = min(self._tile, width)
         self._wide = np.empty((inputs, tile), self._start)
         self._half = np.empty((inputs, tile * (self._source.name == "float16")), np.float32)
-        self._sums = np.empty((outputs, width), self._start)
+        self._sums: Array = np.empty((outputs, width), self._start)
         self._shifted: Array = np.empty((outputs, width), self._start)
         self._other = np.empty((outputs, width), self._target.numpy)
         self._flags = np.empty((outputs, width), bool)
