@@ -596,6 +596,60 @@ def test_scratch_memory_is_what_the_parts_take():
     assert tiles.scratch_bytes(10, 1, F32, BF16, 500) == 500 * 10 * 8 + 500 * (16 + 4 + 1)
 
 
+@pytest.mark.parametrize(("source", "target"), [(F16, F32), (BF16, E4M3), (F32, BF16), (E4M3, F16)])
+def test_scratch_memory_of_the_step_in_numpy_is_kept_and_as_large_as_told(source, target):
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = tiles.Tiles(combination, source, target)
+    before = set(vars(ours))
+    for columns in (100, 700, 700):
+        block = np.ones((3, columns), source.numpy)
+        list(ours.portions(block, np.empty((2, columns), target.numpy)))
+        arrays = {name: vars(ours)[name] for name in set(vars(ours)) - before}
+        taken = sum(array.nbytes for array in arrays.values())
+        rounding_takes = 2 * columns * target.itemsize
+        assert taken + rounding_takes == tiles.scratch_bytes(3, 2, source, target, columns)
+    list(ours.portions(block, np.empty((2, columns), target.numpy)))
+    assert all(vars(ours)[name] is array for name, array in arrays.items())
+
+
+def test_scratch_memory_of_a_wide_span_is_that_of_one_tile(monkeypatch):
+    monkeypatch.setattr(tiles, "_WIDEST_TILE", 256)
+    ours = tiles.Tiles(Combination.of([1, 2, 3]), F16, F32)
+    before = set(vars(ours))
+    ours._reserve(1000)
+    taken = sum(vars(ours)[name].nbytes for name in set(vars(ours)) - before)
+    assert taken + 1000 * 4 == tiles.scratch_bytes(3, 1, F16, F32, 1000) < 1000 * 3 * 12
+    ours._reserve(300)
+    assert ours._wide.shape == ours._half.shape == (3, 256)
+
+
+def test_scratch_memory_of_the_compiled_step_is_kept_and_as_large_as_told(tmp_path):
+    if not compiled.COMPILED:
+        pytest.skip("wavg was installed without a C compiler")
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = compiled.Compiled(combination, F16, F32)
+    outs = np.empty((2, 100), np.float32)
+    list(ours.in_memory(np.ones((3, 100), np.float16), outs))
+    left = ours._left
+    assert (left.shape, left.dtype) == ((2, 100), bool)
+    list(ours.in_memory(np.ones((3, 100), np.float16), outs))
+    assert ours._left is left
+    with open(tmp_path / "rows", "w+b") as file:
+        file.write(np.ones((3, 100), np.float16).tobytes())
+        file.flush()
+        places = np.full(3, file.fileno(), np.intc), np.arange(3, dtype=np.int64) * 200
+        list(ours.in_files(*places, outs))
+        block = ours._block
+        list(ours.in_files(*places, outs))
+    assert ours._block is block
+    assert block.dtype == np.float16
+    width = compiled.width(3, F16)
+    flags = ours._left.nbytes
+    assert flags + block.nbytes + 2 * (2 << 13) == compiled.scratch_bytes(
+        3, 2, F16, width, reads=True
+    )
+
+
 def test_scratch_memory_of_a_combiner_is_that_of_its_first_step_and_the_others(monkeypatch):
     rest = 1 << 18
     expected = (

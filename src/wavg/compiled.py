@@ -76,7 +76,7 @@ class Compiled:
                 window = math.ldexp(sum(map(abs, integers)), source.precision - 52)
             vanished = (combination.matrix[index] != 0) != (np.array(integers) != 0)
             if not combination.tame[index] or vanished.any():  # it settles no more than zeros
-                self._weights[index] = np.sign(np.array(integers, dtype=object)).astype(np.float64)
+                self._weights[index] = [(weight > 0) - (weight < 0) for weight in integers]
                 total, error = 1.0, math.inf
             rows.append((total, window, error))
         self._rows = np.array(rows)
