@@ -156,7 +156,9 @@ class Reason(NamedTuple):
     pattern: str
 
     def explains(self, mutant: Mutant) -> bool:
-        if self.module != mutant.module or not re.fullmatch(self.function, mutant.function):
+        if self.module not in (mutant.module, "any") or not re.fullmatch(
+            self.function, mutant.function
+        ):
             return False
         if self.pattern:
             both = f"{mutant.was} -> {mutant.becomes}"

@@ -119,8 +119,8 @@ class Compiled:
 
 def _packed(array: Array, columns: int) -> Array:
     """Return the rows of so many columns that lie one behind the other at the start of an array."""
-    return array.reshape(-1)[: len(array) * columns].reshape(len(array), columns)
+    return array.ravel()[: len(array) * columns].reshape(len(array), columns)
 
 
 def _bytes(array: Array) -> Array:
-    return array.view(np.uint8).reshape(-1)
+    return array.ravel().view(np.uint8)

@@ -139,11 +139,16 @@ class Tiles:
                 np.copyto(wide, raw[:, columns], casting="unsafe")
             np.matmul(self._matrix, wide, out=self._sums[:, columns])
 
+    def _bound(self, largest: float) -> Array:
+        """Bound what each row's means may be off, of numbers up to the largest."""
+        bound: Array = self._error * largest + self._least
+        return bound
+
     def _bracket(self, raw: Array, outs: Array, largest: float) -> npt.NDArray[np.bool_]:
         """Write the lower ends of the intervals, rounded; return where the upper ones differ."""
         self._reserve(raw.shape[1])
         self._multiply(raw)
-        error = (self._error * largest + self._least)[:, None].astype(self._start)
+        error = self._bound(largest)[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
         self._round(outs)
         np.add(self._sums, error, out=self._shifted)
