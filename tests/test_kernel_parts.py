@@ -569,6 +569,7 @@ def test_spans_and_tiles_have_the_sizes_that_were_measured():
 def test_what_a_combiner_allocates_is_bounded(monkeypatch, with_compiled, source, target, shape):
     if not with_compiled:
         monkeypatch.setattr(compiled, "COMPILED", False)
+    monkeypatch.setattr(leftovers, "_COLUMNS", 256)
     inputs, outputs = shape
     source, target = lookup(source), lookup(target)
     rng = np.random.default_rng(0)
@@ -590,6 +591,7 @@ def test_scratch_memory_is_what_the_parts_take():
     """In the words of the code: any change of a bound has to be meant."""
     assert leftovers.scratch_bytes(10, F32, 100) == 100 * (10 * 36 + 200) + 100
     assert leftovers.scratch_bytes(10, BF16, 80_000) == 8192 * (10 * 34 + 200) + 80_000
+    assert isinstance(leftovers.scratch_bytes(10, BF16, 80_000), int)
     assert compiled.scratch_bytes(10, 3, F32, 1000, reads=False) == 3 * (1000 + (2 << 13))
     assert (
         compiled.scratch_bytes(10, 3, F32, 1000, reads=True)
@@ -879,3 +881,19 @@ def test_whole_weights_of_the_largest_size_that_is_known_to_be_exact(step):
             right = reference.average(weights, block)
             ours = means(weights, block, allow_nonfinite=True)[0]
             assert ours.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+def test_a_row_whose_total_is_too_small_for_float64_is_exact(step, name):
+    block = planted(np.random.default_rng(5), lookup(name), 60, inputs=4)
+    block[0] = block[1]  # else the mean is beyond any format
+    weights = [1.0, -1.0, TINY, 0.0]
+    right = reference.average(weights, block)
+    assert means([weights, [1, 1, 1, 1]], block)[0].tobytes() == right.tobytes()
+
+
+def test_exact_sums_are_rounded_once_to_float64_as_well(step):
+    block = planted(np.random.default_rng(6), F32, 200).astype(np.float32)
+    for weights in ([1, 1, 1], [2**27, 2**26, 1], [3, -1, 0]):
+        right = reference.average(weights, block, "float64")
+        assert means(weights, block, "float64")[0].tobytes() == right.tobytes()

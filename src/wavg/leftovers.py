@@ -127,7 +127,7 @@ class Leftovers:
         if not combination.tame[index]:
             return self._exact_means(index, wide)
         bits = combination.bits[index]
-        if target.precision < 53 and fits(bits, *_exponents(wide), self._source):
+        if fits(bits, *_exponents(wide), self._source):
             quotients = combination.matrix[index] @ wide / combination.totals[index]
             values = round_to(quotients, target)
             if not quotients.all():
