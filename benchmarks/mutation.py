@@ -114,19 +114,31 @@ def prepare(folder: Path, group: Group) -> dict[str, Mutant]:
     return mutants
 
 
-def run(folder: Path, group: Group, names: list[str], seconds: float, minutes: float) -> None:
-    """Run the tests against mutants, one at a time; so long for each, and for all, at most."""
+def run(
+    folder: Path,
+    group: Group,
+    names: list[str],
+    seconds: float,
+    minutes: float,
+    *,
+    source: Path | None = None,
+) -> None:
+    """Run the tests against mutants, one at a time; so long for each, and for all, at most.
+
+    The code and the tests are those in `source`, if it is not the folder.
+    """
+    source = source or folder
     (folder / "asked.json").write_text(json.dumps(names))
     plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "--assert=plain", "-q")
     command = [sys.executable, "-m", "pytest", *plugin, *group.options, *group.tests]
     environment = {
-        "PYTHONPATH": os.pathsep.join((str(folder / "src"), str(Path(__file__).parent))),
+        "PYTHONPATH": os.pathsep.join((str(source / "src"), str(Path(__file__).parent))),
         "MUTATION_FOLDER": str(folder),
         "MUTATION_SECONDS": str(seconds),
         "MUTATION_MINUTES": str(minutes),
         "OPENBLAS_NUM_THREADS": "1",  # threads do not outlive a fork
     }
-    subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
+    subprocess.run(command, cwd=source, env=os.environ | environment, check=True)
     print()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import json
 import mmap
 import os
@@ -60,7 +61,7 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         self._asked: list[str] = json.loads((folder / "asked.json").read_text())
-        self._outcomes = folder / "outcomes.jsonl"
+        self._folder, self._outcomes = folder, folder / "outcomes.jsonl"
         self._deadline = time.time() + 60 * float(os.environ["MUTATION_MINUTES"])
         self._failed = False
         self._seconds: dict[Any, float] = {}
@@ -99,14 +100,16 @@ class Forks:
         os._exit(0)
 
     def _outcome(self, name: str) -> str:
-        items = self._items_of.get(stem_of(name), [])
+        library = self._folder / f"{name}.so"  # a mutant of the compiled step
+        stem = library.suffix if library.exists() else stem_of(name)
+        items = list(self._seconds) if library.exists() else self._items_of.get(stem, [])
         if not items:
             return "untested"
-        told = self._told.setdefault(stem_of(name), {})
+        told = self._told.setdefault(stem, {})
         items = sorted(items, key=lambda item: (-told.get(item, 0), self._seconds[item]))
         child = os.fork()
         if not child:
-            self._judge(name, items)
+            self._judge(name, items, library)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 1:
             killer = items[int.from_bytes(self._killer[:], "little")]
@@ -114,7 +117,7 @@ class Forks:
             self._seconds[killer] /= 2  # it is worth more
         return {0: "survived", -24: "timed out"}.get(status, "killed")
 
-    def _judge(self, name: str, items: list[Any]) -> None:
+    def _judge(self, name: str, items: list[Any], library: Path) -> None:
         """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
         global active
         active = name
@@ -124,6 +127,10 @@ class Forks:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
+            if library.exists():
+                spec = importlib.util.spec_from_file_location("wavg._compiled", library)
+                module = importlib.util.module_from_spec(spec)
+                sys.modules["wavg.compiled"]._compiled = module  # type: ignore[attr-defined]
             for place, item in enumerate(items):
                 if time.process_time() > self._budget:
                     break
