@@ -535,6 +535,38 @@ def test_the_exponents_bound_all_numbers():
     assert leftovers._exponents(np.zeros((2, 2))) == (0, 1024)
 
 
+def test_the_second_look_at_bfloat16_is_as_sure_as_its_bound():
+    """Of one input the bound is 3.5 units of float64 at 1; a midpoint of bfloat16 is 1 + 2**-8."""
+    ours = leftovers.Leftovers(Combination.of([1]), BF16, BF16, allow_nonfinite=False)
+    unit, tie = 2.0**-52, 1 + 2.0**-8
+    for sign in (1.0, -1.0):
+        for units, right, settled in [(5, 2, True), (4, 2, False), (-3, 0, False), (-4, 0, True)]:
+            values, sure = ours._closer(0, np.array([[sign * (tie + units * unit)]]))
+            assert sure.tolist() == [settled]
+            if settled:
+                assert values.astype(float).tolist() == [sign * (1 + right * 2.0**-8)]
+    _, sure = ours._closer(0, np.array([[0.0, -0.0]]))
+    assert sure.tolist() == [False, False]  # nor of the sign of zero
+
+
+def test_total_weights_that_lost_digits_are_not_trusted():
+    """In pairs of float64, the total is too small to be known well enough for this tie."""
+    weights = [1.0, -1.0, 2.0**-1000, TINY]
+    column = np.array([1.0, -(2.0**-53) * (1 + 2.0**-27), 0.0, 0.0]) * 2.0**-500
+    block = np.tile(column[:, None], 101)
+    assert (means(weights, block) == 2.0**500).all()
+    assert reference.average(weights, block[:, :1]) == 2.0**500
+
+
+def test_what_double_double_is_not_sure_of_is_done_in_whole_numbers():
+    block = planted(np.random.default_rng(8), F64, 200)
+    block[:, 50:60] = np.finfo(float).max / np.arange(1, 11)
+    block[1, 55:] *= -1
+    weights = [0.1, 0.7, 0.3]
+    right = reference.average(weights, block)
+    assert means(weights, block).tobytes() == right.tobytes()
+
+
 @pytest.mark.parametrize(
     ("inputs", "columns"), [(1, 8192), (16, 8192), (17, 7710), (2048, 64), (2000, 65), (10**6, 64)]
 )

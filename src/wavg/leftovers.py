@@ -172,7 +172,9 @@ class Leftovers:
     def _settle_nonfinite(self, raw: Array, outs: Array, first: int) -> None:
         """Refuse NaN and infinities, or take IEEE 754 where they stand and be exact elsewhere."""
         if not self._allow_nonfinite:
-            row, column = first_nonfinite(raw) or (0, 0)  # there is one
+            found = first_nonfinite(raw)
+            assert found is not None  # or the first step would not say so
+            row, column = found
             value = float(raw[row, column])
             raise NonFiniteError(
                 f"input {row} holds {value} at index {first + column}",
