@@ -136,6 +136,11 @@ def test_the_rows_include_each_kind_of_weights():
     assert any(one.low_totals[0] for one in found)
 
 
+def test_weights_without_a_float64_of_their_total_raise_no_alarm():
+    with np.errstate(all="raise"):
+        Combination.of([1, -1, TINY, 0])
+
+
 def test_the_bound_on_errors_is_the_textbooks():
     """(n + 6) units, a hundredth more, times how much larger than the numbers a mean can be."""
     ours = Combination.of([[1, 1, 1, 1], [3, -1, 0, 0]])
@@ -167,7 +172,9 @@ def test_rounding_to_a_narrow_format_at_every_midpoint_and_beside_it(name):
     ties = rounding.round_to(middle, entry).astype(float)
     even = [x if reference_bits(x, entry) % 2 == 0 else y for x, y in zip(low, high, strict=True)]
     assert ties.tolist() == even
+    assert ties.shape == middle.shape
     zeros = rounding.round_to(np.array([0.0, -0.0, TINY, -TINY]), entry)
+    assert zeros.dtype == entry.numpy
     assert not zeros.astype(float).any()
     if not name.endswith("fnuz"):  # those have one zero
         assert np.signbit(zeros.astype(float)).tolist() == [False, True, False, True]
