@@ -369,6 +369,12 @@ def test_a_bound_of_double_double_counts_its_terms(monkeypatch):
     assert error[0] == pytest.approx(0.5 * (8**2 * 8 * unit**2), rel=1e-9)
 
 
+def test_a_bound_of_double_double_takes_in_weights_that_vanished(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda high, low, error, *_, exact: error)
+    error = exact.double_double(np.zeros(1), (1.0, 0.0), False, np.array([[7.0, 0.0]]), F32)
+    assert error.tolist() == [4 * 2.0**-1070 * 8, 4 * 2.0**-1070]
+
+
 def test_products_below_the_smallest_are_not_taken_for_exact(monkeypatch):
     monkeypatch.setattr(exact, "divide", lambda *a, exact: exact)
     for number, expected in [(2.0**-959, True), (2.0**-960, False), (0.0, True)]:
@@ -386,12 +392,12 @@ def test_sums_of_three_parts_are_not_taken_for_exact(monkeypatch):
 
 
 def test_a_quotients_bound_is_four_units_of_its_correction_and_eight_squares():
-    """Next to a tie of 1 and the number above; one step of the sum nearer is too near."""
-    half, step = 2.0**-53, 2.0**-105
+    """Next to a tie of 1 and the number above: twelve steps off is too near, thirteen is not."""
+    half, step = 2.0**-53, 2.0**-106
     for sign in (1, -1):
-        for steps, expected in ((6, False), (7, True)):
-            low = np.array([sign * (half + steps * step)])
-            high, error = np.array([1.0 * sign]), np.array([0.0])
+        for steps, expected in ((12, False), (13, True)):
+            high = np.array([sign * (1 + 2 * half)])
+            low, error = np.array([sign * (steps * step - half)]), np.array([0.0])
             values, certain = exact.divide(
                 high, low, error, (1.0, 0.0), F64, exact=np.array([False])
             )
