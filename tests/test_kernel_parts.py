@@ -324,6 +324,7 @@ def test_ratios_beyond_float64_have_a_sign(entry):
     huge = 10**400
     assert float(exact.ratio(huge, 1, entry)) == np.inf
     assert float(exact.ratio(-huge, 1, entry)) == -np.inf
+    assert exact.ratio(huge, 1, entry).dtype == entry.numpy
     for sign in (1, -1):
         zero = exact.ratio(sign, huge, entry)
         assert zero.dtype == entry.numpy
@@ -422,19 +423,18 @@ def test_a_quotients_bound_takes_in_what_its_dividend_may_be_off():
 
 def test_sums_splits_and_remainders_lose_nothing():
     rng = np.random.default_rng(0)
-    a, b, c = np.ldexp(rng.standard_normal((3, 200)), rng.integers(-60, 61, (3, 200)))
+    a, b = np.ldexp(rng.standard_normal((2, 400)), rng.integers(-60, 61, (2, 400)))
     for x, y, total, rest in zip(a, b, *exact._two_sum(a, b), strict=True):
         assert Fraction(total) + Fraction(rest) == Fraction(x) + Fraction(y)
         assert total == x + y
     for x, high, low in zip(a, *exact._halves(a), strict=True):
         assert Fraction(high) + Fraction(low) == Fraction(x)
         for half in (high, low):
-            assert (half.as_integer_ratio()[0]).bit_length() <= 60 or half == 0
-            assert len(bin(int(math.ldexp(math.frexp(half)[0], 53))).rstrip("0")) - 2 <= 27
+            whole = int(abs(math.ldexp(math.frexp(half)[0], 53)))
+            assert whole % 2**27 == 0  # 26 bits
     quotients = a / b
     for x, y, q, rest in zip(a, b, quotients, exact._remainder(a, quotients, b), strict=True):
         assert Fraction(rest) == Fraction(x) - Fraction(q) * Fraction(y)
-    assert c.size
 
 
 def test_the_compiled_step_is_told_totals_windows_and_errors():
