@@ -172,7 +172,10 @@ def test_rounding_to_a_narrow_format_at_every_midpoint_and_beside_it(name):
     ties = rounding.round_to(middle, entry).astype(float)
     even = [x if reference_bits(x, entry) % 2 == 0 else y for x, y in zip(low, high, strict=True)]
     assert ties.tolist() == even
-    assert ties.shape == middle.shape
+    for beyond in (1e39, 1e300, np.inf, np.nan):
+        ends = rounding.round_to(np.array([beyond, -beyond]), entry)
+        wanted = np.array([beyond, -beyond]).astype(np.float32).astype(entry.numpy)
+        assert ends.tobytes() == wanted.tobytes()
     zeros = rounding.round_to(np.array([0.0, -0.0, TINY, -TINY]), entry)
     assert zeros.dtype == entry.numpy
     assert not zeros.astype(float).any()
@@ -484,6 +487,7 @@ def test_the_bounds_of_the_step_in_numpy(source, target, start, unit, least):
     assert ours._matrix.dtype == start
     assert ours._error.tolist() == combination.error(unit).tolist()
     assert ours._least == 9 * least
+    assert ours._bound(0.0).tolist() == [9 * least] * 2
     assert ours._bound(3.0).tolist() == (combination.error(unit) * 3 + 9 * least).tolist()
     assert ours._range == float(np.finfo(start).max) / 4
     means = combination.matrix / combination.totals[:, None]
@@ -935,6 +939,15 @@ def test_a_row_whose_total_is_too_small_for_float64_is_exact(step, name):
     weights = [1.0, -1.0, TINY, 0.0]
     right = reference.average(weights, block)
     assert means([weights, [1, 1, 1, 1]], block)[0].tobytes() == right.tobytes()
+
+
+def test_zeros_by_the_hundred_keep_their_signs(step, monkeypatch):
+    monkeypatch.setattr(leftovers, "_COLUMNS", 64)
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        block = np.full((2, 400), -0.0).astype(lookup(name).numpy)
+        assert (
+            means([[1, 1], [1, -1.5]], block).tobytes() == np.stack([block[0], -block[0]]).tobytes()
+        )
 
 
 def test_exact_sums_are_rounded_once_to_float64_as_well(step):
