@@ -591,6 +591,12 @@ def test_columns_settled_at_once_are_fewer_of_many_inputs(inputs, columns):
     assert leftovers.at_once(inputs) == columns
 
 
+def test_columns_are_taken_in_turns(monkeypatch):
+    monkeypatch.setattr(leftovers, "_COLUMNS", 64)
+    ours = leftovers.Leftovers(Combination.of([1, 2]), F32, F32, allow_nonfinite=False)
+    assert list(ours._slices(150)) == [slice(0, 64), slice(64, 128), slice(128, 192)]
+
+
 # sizes and memory
 
 
