@@ -237,6 +237,25 @@ def bit_flips() -> str:
     return table("in | bits flipped | told | input refused | unseen", rows())
 
 
+def mutation() -> str:
+    kinds = ("speed", "wider", "same")
+
+    def rows() -> Iterator[str]:
+        for group in figures("mutation").values():
+            for module, found in group.items():
+                survived = " | ".join(f"{found[kind]:,}" for kind in kinds)
+                yield (
+                    f"`{module}` | {found['mutants']:,} | {found['killed'] + found['timed out']:,} "
+                    f"| {survived} | {found['unexplained']:,}"
+                )
+
+    return table(
+        "| mutants | told by a test | not told: as fast or as large as before no longer | "
+        "a bound that is wider | the same values | without a reason",
+        rows(),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
@@ -250,5 +269,6 @@ TABLES: dict[str, Callable[[], str]] = {
         changes,
         bombs,
         bit_flips,
+        mutation,
     )
 }

@@ -1,14 +1,15 @@
 """Break the code on purpose, one small change at a time, and see whether the tests tell.
 
-    python benchmarks/mutation.py GROUP [--folder FOLDER] [--again] [--only PATTERN] [--minutes 40]
+    python benchmarks/mutation.py GROUP [--folder FOLDER] [--again] [--only PATTERN]
 
 GROUP is one of `GROUPS` below: modules, and the tests that judge them. mutmut makes the mutants
 (``pip install mutmut==3.8.1``), in a copy in FOLDER of what is needed; mutation_run.py runs the
-tests. With ``--again`` what was killed there before is taken for killed, and only the rest is run;
-with ``--only``, of that what the pattern names, nothing if it is empty.
+tests. With ``--again`` what was killed there before is taken for killed, and what has a reason for
+surviving; with ``--only``, of the rest what the pattern names is run, nothing if it is empty.
 
-A mutant that no test tells from the original needs a reason in survivors.toml, found by module,
-function and text, not by a number. The script fails on one without, and on a reason for nothing.
+A mutant that no test tells from the original, in `--seconds` of processor time, needs a reason in
+survivors.toml, found by module, function and text, not by a number. The script fails on one
+without, and on a reason for nothing.
 """
 
 from __future__ import annotations
@@ -125,18 +126,31 @@ def prepare(folder: Path, group: Group) -> dict[str, Mutant]:
     return mutants
 
 
-def run(folder: Path, group: Group, names: list[str], minutes: float) -> None:
-    """Run the tests against mutants, one process at a time, for so long at most."""
+def run(
+    folder: Path,
+    group: Group,
+    names: list[str],
+    seconds: float,
+    minutes: float,
+    *,
+    source: Path | None = None,
+) -> None:
+    """Run the tests against mutants, one at a time; so long for each, and for all, at most.
+
+    The code and the tests are those in `source`, if it is not the folder.
+    """
+    source = source or folder
     (folder / "asked.json").write_text(json.dumps(names))
-    plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "-q")
+    plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "--assert=plain", "-q")
     command = [sys.executable, "-m", "pytest", *plugin, *group.options, *group.tests]
     environment = {
-        "PYTHONPATH": os.pathsep.join((str(folder / "src"), str(Path(__file__).parent))),
+        "PYTHONPATH": os.pathsep.join((str(source / "src"), str(Path(__file__).parent))),
         "MUTATION_FOLDER": str(folder),
+        "MUTATION_SECONDS": str(seconds),
         "MUTATION_MINUTES": str(minutes),
         "OPENBLAS_NUM_THREADS": "1",  # threads do not outlive a fork
     }
-    subprocess.run(command, cwd=folder, env=os.environ | environment, check=True)
+    subprocess.run(command, cwd=source, env=os.environ | environment, check=True)
     print()
 
 
@@ -166,7 +180,9 @@ class Reason(NamedTuple):
     pattern: str
 
     def explains(self, mutant: Mutant) -> bool:
-        if self.module != mutant.module or not re.fullmatch(self.function, mutant.function):
+        if self.module not in (mutant.module, "any") or not re.fullmatch(
+            self.function, mutant.function
+        ):
             return False
         if self.pattern:
             both = f"{mutant.was} -> {mutant.becomes}"
@@ -233,6 +249,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--only", help="a regular expression of mutants to run")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of processor, for a mutant")
     parser.add_argument("--minutes", type=float, default=40)
     options = parser.parse_args()
     group = GROUPS[options.group]
@@ -252,12 +269,18 @@ def main() -> None:
     kept.write_text(json.dumps(mutants))
     lines = (f"{name}\t{outcome}\n" for name, outcome in found.items())
     (folder / "outcomes.jsonl").write_text("".join(lines))
-    names = [n for n in mutants if found.get(n) not in ("killed", "timed out")]
+    known = reasons()
+    names = [
+        name
+        for name, mutant in mutants.items()
+        if found.get(name, "untested") == "untested"
+        or (found[name] == "survived" and not any(one.explains(mutant) for one in known))
+    ]
     if options.only is not None:
         names = [name for name in names if options.only and re.search(options.only, name)]
     if names:
-        run(folder, group, names, options.minutes)
-    figures, wrong = count(mutants, outcomes(folder), group, reasons())
+        run(folder, group, names, options.seconds, options.minutes)
+    figures, wrong = count(mutants, outcomes(folder), group, known)
     for module, counts in figures.items():
         print(module, ", ".join(f"{key} {number}" for key, number in counts.items()))
     if wrong:

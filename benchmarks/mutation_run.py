@@ -2,13 +2,15 @@
 
 Everything is imported and collected once. The tests run once on the originals, which shows what
 each of them reaches and how long it takes; then, for each mutant, those that reach its function run
-in a fork of that process until one fails: quick ones first, and those that failed before. See
-mutation.py.
+in a fork of that process until one fails or their time is over: those first that told another
+mutant of it, then quick ones. See mutation.py.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import importlib.util
 import json
 import mmap
 import os
@@ -59,17 +61,20 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         self._asked: list[str] = json.loads((folder / "asked.json").read_text())
-        self._outcomes = folder / "outcomes.jsonl"
+        self._folder, self._outcomes = folder, folder / "outcomes.jsonl"
         self._deadline = time.time() + 60 * float(os.environ["MUTATION_MINUTES"])
-        self._failed, self._most = False, 0.0
+        self._failed = False
         self._seconds: dict[Any, float] = {}
         self._items_of: dict[str, list[Any]] = {}
+        self._told: dict[str, dict[Any, int]] = {}  # how often a test told mutants of a function
+        self._budget = float(os.environ["MUTATION_SECONDS"])
         self._killer = mmap.mmap(-1, 4)  # the place of the test that failed, told by a child
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo) -> None:
+        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
             if active:
-                os._exit(1)
+                os._exit(1)  # before it is told in so many words
             self._failed = True
 
     @pytest.hookimpl(tryfirst=True)
@@ -81,11 +86,11 @@ class Forks:
             self._seconds[item] = time.process_time() - start
             for name in reached:
                 self._items_of.setdefault(name, []).append(item)
-        self._most = sum(self._seconds.values())
         if self._failed:
             raise pytest.UsageError("tests fail without any mutation")
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
         session.config.pluginmanager.unregister(terminal)
+        gc.freeze()  # so that forks share it
         with open(self._outcomes, "a") as file:
             for number, name in enumerate(self._asked):
                 if time.time() > self._deadline:
@@ -95,29 +100,40 @@ class Forks:
         os._exit(0)
 
     def _outcome(self, name: str) -> str:
-        items = self._items_of.get(stem_of(name), [])
+        library = self._folder / f"{name}.so"  # a mutant of the compiled step
+        stem = library.suffix if library.exists() else stem_of(name)
+        items = list(self._seconds) if library.exists() else self._items_of.get(stem, [])
         if not items:
             return "untested"
-        items = sorted(items, key=self._seconds.__getitem__)
+        told = self._told.setdefault(stem, {})
+        items = sorted(items, key=lambda item: (-told.get(item, 0), self._seconds[item]))
         child = os.fork()
         if not child:
-            self._judge(name, items)
+            self._judge(name, items, library)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 1:
             killer = items[int.from_bytes(self._killer[:], "little")]
+            told[killer] = told.get(killer, 0) + 1
             self._seconds[killer] /= 2  # it is worth more
         return {0: "survived", -24: "timed out"}.get(status, "killed")
 
-    def _judge(self, name: str, items: list[Any]) -> None:
+    def _judge(self, name: str, items: list[Any], library: Path) -> None:
         """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
         global active
         active = name
-        seconds = 5 + int(4 * self._most)
+        gc.disable()
+        seconds = 10 + int(4 * self._budget)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
+            if library.exists():
+                spec = importlib.util.spec_from_file_location("wavg._compiled", library)
+                module = importlib.util.module_from_spec(spec)
+                sys.modules["wavg.compiled"]._compiled = module  # type: ignore[attr-defined]
             for place, item in enumerate(items):
+                if time.process_time() > self._budget:
+                    break
                 self._killer[:] = place.to_bytes(4, "little")
                 following = items[place + 1] if place + 1 < len(items) else None
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)

@@ -16,7 +16,7 @@ import wavg
 from wavg import compiled, exact, ieee, kernel, leftovers, rounding, tiles
 from wavg.combination import Combination
 from wavg.dtypes import lookup
-from wavg.errors import WeightError
+from wavg.errors import NonFiniteError, WavgError, WeightError
 
 F64, F32, F16, BF16 = map(lookup, ("float64", "float32", "float16", "bfloat16"))
 E4M3, E5M2 = lookup("float8_e4m3fn"), lookup("float8_e5m2")
@@ -136,6 +136,11 @@ def test_the_rows_include_each_kind_of_weights():
     assert any(one.low_totals[0] for one in found)
 
 
+def test_weights_without_a_float64_of_their_total_raise_no_alarm():
+    with np.errstate(all="raise"):
+        Combination.of([1, -1, TINY, 0])
+
+
 def test_the_bound_on_errors_is_the_textbooks():
     """(n + 6) units, a hundredth more, times how much larger than the numbers a mean can be."""
     ours = Combination.of([[1, 1, 1, 1], [3, -1, 0, 0]])
@@ -167,7 +172,12 @@ def test_rounding_to_a_narrow_format_at_every_midpoint_and_beside_it(name):
     ties = rounding.round_to(middle, entry).astype(float)
     even = [x if reference_bits(x, entry) % 2 == 0 else y for x, y in zip(low, high, strict=True)]
     assert ties.tolist() == even
+    for beyond in (1e39, 1e300, np.inf, np.nan):
+        ends = rounding.round_to(np.array([beyond, -beyond]), entry)
+        wanted = np.array([beyond, -beyond]).astype(np.float32).astype(entry.numpy)
+        assert ends.tobytes() == wanted.tobytes()
     zeros = rounding.round_to(np.array([0.0, -0.0, TINY, -TINY]), entry)
+    assert zeros.dtype == entry.numpy
     assert not zeros.astype(float).any()
     if not name.endswith("fnuz"):  # those have one zero
         assert np.signbit(zeros.astype(float)).tolist() == [False, True, False, True]
@@ -317,6 +327,7 @@ def test_ratios_beyond_float64_have_a_sign(entry):
     huge = 10**400
     assert float(exact.ratio(huge, 1, entry)) == np.inf
     assert float(exact.ratio(-huge, 1, entry)) == -np.inf
+    assert exact.ratio(huge, 1, entry).dtype == entry.numpy
     for sign in (1, -1):
         zero = exact.ratio(sign, huge, entry)
         assert zero.dtype == entry.numpy
@@ -334,6 +345,177 @@ def test_ratios_next_to_a_tie_go_to_their_side():
         assert float(exact.ratio(-more - 1, 2 ** (24 + far), F32)) == -1 - 2.0**-23
         assert float(exact.ratio(-more + 1, 2 ** (24 + far), F32)) == -1.0
     assert float(exact.ratio(*tie, F32)) == 1.0
+
+
+# The bounds are argued, not measured, and leave room; so the tests hold the code to the argument.
+
+
+def test_a_bound_of_double_double_counts_its_terms(monkeypatch):
+    told = []
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: told.append((*a, exact)))
+    unit, lost = 2.0**-53, 2.0**-1070
+    long = 1 + 2.0**-40  # of two halves
+    columns = np.array([[1.0, -2.0, 2.0**-970], [0.0, 3.0, 0.0]])
+    exact.double_double(np.array([0.5, 0.25]), (0.75, 0.0), True, columns, F32)
+    high, low, error, total, entry, exactly = told.pop()
+    assert high.tolist() == [0.5, -0.25, 2.0**-971]
+    assert low.tolist() == [0.0, 0.0, 0.0]
+    assert (total, entry) == ((0.75, 0.0), F32)
+    assert exactly.tolist() == [True, True, False]  # the last may have lost bits
+    reach, terms = np.array([0.5, 1.75, 2.0**-971]), 4 + 2
+    largest = np.array([1.0, 3.0, 2.0**-970])
+    expected = reach * (terms**2 * 8 * unit**2) + terms * lost * (1 + largest)
+    assert error.tolist() == expected.tolist()
+    exact.double_double(np.array([long / 2]), (1.0, 0.0), False, np.array([[long]]), F32)
+    high, low, error, _, _, exactly = told.pop()
+    assert Fraction(high[0]) + Fraction(low[0]) == Fraction(long) ** 2 / 2
+    assert exactly.tolist() == [False]
+    assert error[0] == pytest.approx(0.5 * (8**2 * 8 * unit**2), rel=1e-9)
+
+
+def test_a_bound_of_double_double_takes_in_weights_that_vanished(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda high, low, error, *_, exact: error)
+    error = exact.double_double(np.zeros(1), (1.0, 0.0), False, np.array([[7.0, 0.0]]), F32)
+    assert error.tolist() == [4 * 2.0**-1070 * 8, 4 * 2.0**-1070]
+
+
+def test_products_below_the_smallest_are_not_taken_for_exact(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: exact)
+    for number, expected in [(2.0**-959, True), (2.0**-960, False), (0.0, True)]:
+        found = exact.double_double(
+            np.array([0.5, 0.5]), (1.0, 0.0), True, np.array([[number], [0.0]]), F32
+        )
+        assert found.tolist() == [expected]
+
+
+def test_sums_of_three_parts_are_not_taken_for_exact(monkeypatch):
+    monkeypatch.setattr(exact, "divide", lambda *a, exact: exact)
+    three = np.array([[1.0, 1.0], [2.0**-60, 2.0**-60], [2.0**-120, 0.0]])
+    found = exact.double_double(np.array([0.25, 0.25, 0.25]), (0.75, 0.0), True, three, F32)
+    assert found.tolist() == [False, True]
+
+
+def test_a_quotients_bound_is_four_units_of_its_correction_and_eight_squares():
+    """Next to a tie of 1 and the number above: twelve steps off is too near, thirteen is not."""
+    half, step = 2.0**-53, 2.0**-106
+    for sign in (1, -1):
+        for steps, expected in ((12, False), (13, True)):
+            high = np.array([sign * (1 + 2 * half)])
+            low, error = np.array([sign * (steps * step - half)]), np.array([0.0])
+            values, certain = exact.divide(
+                high, low, error, (1.0, 0.0), F64, exact=np.array([False])
+            )
+            assert certain.tolist() == [expected]
+            if expected:
+                assert values.tolist() == [sign * (1 + 2 * half)]
+
+
+def test_a_quotients_bound_takes_in_what_its_dividend_may_be_off():
+    half = 2.0**-53
+    for error, expected in ((2.0**-63, False), (2.0**-65, True)):
+        _, certain = exact.divide(
+            np.array([2.0]),
+            np.array([2 * half + 2.0**-64]),
+            np.array([error]),
+            (2.0, 0.0),
+            F64,
+            exact=np.array([False]),
+        )
+        assert certain.tolist() == [expected]
+
+
+def test_sums_splits_and_remainders_lose_nothing():
+    rng = np.random.default_rng(0)
+    a, b = np.ldexp(rng.standard_normal((2, 400)), rng.integers(-60, 61, (2, 400)))
+    for x, y, total, rest in zip(a, b, *exact._two_sum(a, b), strict=True):
+        assert Fraction(total) + Fraction(rest) == Fraction(x) + Fraction(y)
+        assert total == x + y
+    for x, high, low in zip(a, *exact._halves(a), strict=True):
+        assert Fraction(high) + Fraction(low) == Fraction(x)
+        for half in (high, low):
+            whole = int(abs(math.ldexp(math.frexp(half)[0], 53)))
+            assert whole % 2**27 == 0  # 26 bits
+    quotients = a / b
+    for x, y, q, rest in zip(a, b, quotients, exact._remainder(a, quotients, b), strict=True):
+        assert Fraction(rest) == Fraction(x) - Fraction(q) * Fraction(y)
+
+
+def test_the_compiled_step_is_told_totals_windows_and_errors():
+    rows = [
+        [1, 2, 3],
+        [0.1, 0.25, 0.3],
+        [3, -1, 0],
+        [1, -1, 2.0**-1000],
+        [1, 2.0**-1074, -0.5],
+        [2.0**-1074, 0, 1],
+    ]
+    combination = Combination.of(rows)
+    for source in (F32, BF16, F16):
+        ours = compiled.Compiled(combination, source, F32)
+        errors = combination.error(2.0**-53).tolist()
+        narrow = 2.0 ** (source.precision - 52)
+        assert ours._rows.tolist() == [
+            [6.0, 6 * narrow, errors[0]],
+            [float(combination.totals[1]), np.inf, errors[1]],
+            [2.0, 4 * narrow, errors[2]],
+            *[[1.0, np.inf, np.inf]] * 3,  # settles nothing but zeros
+        ]
+        assert ours._weights.tolist() == [
+            [1.0, 2.0, 3.0],
+            combination.matrix[1].tolist(),
+            [3.0, -1.0, 0.0],
+            [1.0, -1.0, 1.0],
+            [1.0, 1.0, -1.0],
+            [1.0, 0.0, 1.0],
+        ]
+    assert combination.matrix[4][1] == combination.matrix[5][0] == 0  # they vanished
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "start", "unit", "least"),
+    [
+        (BF16, BF16, "float32", 2.0**-24, 2.0**-149),
+        (E4M3, BF16, "float32", 2.0**-24, 2.0**-149),
+        (BF16, F16, "float64", 2.0**-53, 2.0**-1074),
+        (F16, BF16, "float64", 2.0**-53, 2.0**-1074),
+        (F32, F32, "float64", 2.0**-53, 2.0**-1074),
+    ],
+)
+def test_the_bounds_of_the_step_in_numpy(source, target, start, unit, least):
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = tiles.Tiles(combination, source, target)
+    assert ours._matrix.dtype == start
+    assert ours._error.tolist() == combination.error(unit).tolist()
+    assert ours._least == 9 * least
+    assert ours._bound(0.0).tolist() == [9 * least] * 2
+    assert ours._bound(3.0).tolist() == (combination.error(unit) * 3 + 9 * least).tolist()
+    assert ours._range == float(np.finfo(start).max) / 4
+    means = combination.matrix / combination.totals[:, None]
+    factor = 2.0**112 if source is F16 else 1.0
+    assert ours._matrix.tolist() == (means * factor).astype(start).tolist()
+
+
+def test_sums_of_float16_are_known_to_be_exact_for_few_whole_weights():
+    for weights, expected in [
+        ([4095, 0], True),
+        ([4095, 1], False),  # 13 bits
+        ([2000, -2093], True),  # 12 bits
+        ([0.1, 0.25], False),
+    ]:
+        ours = tiles.Tiles(Combination.of(weights), F16, F32)
+        assert ours._exact is expected
+        assert tiles.Tiles(Combination.of(weights), F32, F32)._exact is False
+        assert tiles.Tiles(Combination.of(weights), F16, F64)._exact is False
+    both = Combination.of([[1, 1], [0.1, 0.25]])
+    assert tiles.Tiles(both, F16, F32)._exact is False
+
+
+def test_a_row_that_nearly_cancels_leaves_all_to_the_further_steps():
+    block = np.ones((3, 5), np.float64)
+    for weights, hopeless in [([[1, 1, 1]], False), ([[1, 1, 1], [1, -1, 1e-300]], True)]:
+        ours = tiles.Tiles(Combination.of(weights), F64, F32)
+        (portion,) = ours.portions(block, np.empty((len(weights), 5), np.float32))
+        assert portion.flags.all() == hopeless
 
 
 # leftovers
@@ -370,11 +552,49 @@ def test_the_exponents_bound_all_numbers():
     assert leftovers._exponents(np.zeros((2, 2))) == (0, 1024)
 
 
+def test_the_second_look_at_bfloat16_is_as_sure_as_its_bound():
+    """Of one input the bound is 3.5 units of float64 at 1; a midpoint of bfloat16 is 1 + 2**-8."""
+    ours = leftovers.Leftovers(Combination.of([1]), BF16, BF16, allow_nonfinite=False)
+    unit, tie = 2.0**-52, 1 + 2.0**-8
+    for sign in (1.0, -1.0):
+        for units, right, settled in [(5, 2, True), (4, 2, False), (-3, 0, False), (-4, 0, True)]:
+            values, sure = ours._closer(0, np.array([[sign * (tie + units * unit)]]))
+            assert sure.tolist() == [settled]
+            if settled:
+                assert values.astype(float).tolist() == [sign * (1 + right * 2.0**-8)]
+    _, sure = ours._closer(0, np.array([[0.0, -0.0]]))
+    assert sure.tolist() == [False, False]  # nor of the sign of zero
+
+
+def test_total_weights_that_lost_digits_are_not_trusted():
+    """In pairs of float64, the total is too small to be known well enough for this tie."""
+    weights = [1.0, -1.0, 2.0**-1000, TINY]
+    column = np.array([1.0, -(2.0**-53) * (1 + 2.0**-27), 0.0, 0.0]) * 2.0**-500
+    block = np.tile(column[:, None], 101)
+    assert (means(weights, block) == 2.0**500).all()
+    assert reference.average(weights, block[:, :1]) == 2.0**500
+
+
+def test_what_double_double_is_not_sure_of_is_done_in_whole_numbers():
+    block = planted(np.random.default_rng(8), F64, 200)
+    block[:, 50:60] = np.finfo(float).max / np.arange(1, 11)
+    block[1, 55:] *= -1
+    weights = [0.1, 0.7, 0.3]
+    right = reference.average(weights, block)
+    assert means(weights, block).tobytes() == right.tobytes()
+
+
 @pytest.mark.parametrize(
     ("inputs", "columns"), [(1, 8192), (16, 8192), (17, 7710), (2048, 64), (2000, 65), (10**6, 64)]
 )
 def test_columns_settled_at_once_are_fewer_of_many_inputs(inputs, columns):
     assert leftovers.at_once(inputs) == columns
+
+
+def test_columns_are_taken_in_turns(monkeypatch):
+    monkeypatch.setattr(leftovers, "_COLUMNS", 64)
+    ours = leftovers.Leftovers(Combination.of([1, 2]), F32, F32, allow_nonfinite=False)
+    assert list(ours._slices(150)) == [slice(0, 64), slice(64, 128), slice(128, 192)]
 
 
 # sizes and memory
@@ -404,6 +624,7 @@ def test_spans_and_tiles_have_the_sizes_that_were_measured():
 def test_what_a_combiner_allocates_is_bounded(monkeypatch, with_compiled, source, target, shape):
     if not with_compiled:
         monkeypatch.setattr(compiled, "COMPILED", False)
+    monkeypatch.setattr(leftovers, "_COLUMNS", 256)
     inputs, outputs = shape
     source, target = lookup(source), lookup(target)
     rng = np.random.default_rng(0)
@@ -425,6 +646,7 @@ def test_scratch_memory_is_what_the_parts_take():
     """In the words of the code: any change of a bound has to be meant."""
     assert leftovers.scratch_bytes(10, F32, 100) == 100 * (10 * 36 + 200) + 100
     assert leftovers.scratch_bytes(10, BF16, 80_000) == 8192 * (10 * 34 + 200) + 80_000
+    assert isinstance(leftovers.scratch_bytes(10, BF16, 80_000), int)
     assert compiled.scratch_bytes(10, 3, F32, 1000, reads=False) == 3 * (1000 + (2 << 13))
     assert (
         compiled.scratch_bytes(10, 3, F32, 1000, reads=True)
@@ -437,6 +659,60 @@ def test_scratch_memory_is_what_the_parts_take():
     assert tiles.scratch_bytes(10, 1, BF16, BF16, 500) == 500 * 10 * 4 + 500 * (8 + 4 + 1)
     assert tiles.scratch_bytes(10, 1, BF16, F16, 500) == 500 * 10 * 8 + 500 * (16 + 4 + 1)
     assert tiles.scratch_bytes(10, 1, F32, BF16, 500) == 500 * 10 * 8 + 500 * (16 + 4 + 1)
+
+
+@pytest.mark.parametrize(("source", "target"), [(F16, F32), (BF16, E4M3), (F32, BF16), (E4M3, F16)])
+def test_scratch_memory_of_the_step_in_numpy_is_kept_and_as_large_as_told(source, target):
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = tiles.Tiles(combination, source, target)
+    before = set(vars(ours))
+    for columns in (100, 700, 700):
+        block = np.ones((3, columns), source.numpy)
+        list(ours.portions(block, np.empty((2, columns), target.numpy)))
+        arrays = {name: vars(ours)[name] for name in set(vars(ours)) - before}
+        taken = sum(array.nbytes for array in arrays.values())
+        rounding_takes = 2 * columns * target.itemsize
+        assert taken + rounding_takes == tiles.scratch_bytes(3, 2, source, target, columns)
+    list(ours.portions(block, np.empty((2, columns), target.numpy)))
+    assert all(vars(ours)[name] is array for name, array in arrays.items())
+
+
+def test_scratch_memory_of_a_wide_span_is_that_of_one_tile(monkeypatch):
+    monkeypatch.setattr(tiles, "_WIDEST_TILE", 256)
+    ours = tiles.Tiles(Combination.of([1, 2, 3]), F16, F32)
+    before = set(vars(ours))
+    ours._reserve(1000)
+    taken = sum(vars(ours)[name].nbytes for name in set(vars(ours)) - before)
+    assert taken + 1000 * 4 == tiles.scratch_bytes(3, 1, F16, F32, 1000) < 1000 * 3 * 12
+    ours._reserve(300)
+    assert ours._wide.shape == ours._half.shape == (3, 256)
+
+
+def test_scratch_memory_of_the_compiled_step_is_kept_and_as_large_as_told(tmp_path):
+    if not compiled.COMPILED:
+        pytest.skip("wavg was installed without a C compiler")
+    combination = Combination.of([[1, 2, 3], [0.1, 0.25, 0.3]])
+    ours = compiled.Compiled(combination, F16, F32)
+    outs = np.empty((2, 100), np.float32)
+    list(ours.in_memory(np.ones((3, 100), np.float16), outs))
+    left = ours._left
+    assert (left.shape, left.dtype) == ((2, 100), bool)
+    list(ours.in_memory(np.ones((3, 100), np.float16), outs))
+    assert ours._left is left
+    with open(tmp_path / "rows", "w+b") as file:
+        file.write(np.ones((3, 100), np.float16).tobytes())
+        file.flush()
+        places = np.full(3, file.fileno(), np.intc), np.arange(3, dtype=np.int64) * 200
+        list(ours.in_files(*places, outs))
+        block = ours._block
+        list(ours.in_files(*places, outs))
+    assert ours._block is block
+    assert block.dtype == np.float16
+    width = compiled.width(3, F16)
+    flags = ours._left.nbytes
+    assert flags + block.nbytes + 2 * (2 << 13) == compiled.scratch_bytes(
+        3, 2, F16, width, reads=True
+    )
 
 
 def test_scratch_memory_of_a_combiner_is_that_of_its_first_step_and_the_others(monkeypatch):
@@ -492,3 +768,196 @@ def test_a_row_of_outputs_may_have_nothing_finite(monkeypatch, with_compiled):
     block = np.float32([[np.inf], [3.0]])
     kernel.combine(Combination.of([[1, 1], [0, 1]]), block, outs, allow_nonfinite=True)
     assert outs.tolist() == [[np.inf], [3.0]]
+
+
+# the ladder as a whole, by either form of its first step
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def step(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "COMPILED", False)
+    elif not compiled.COMPILED:
+        pytest.skip("wavg was installed without a C compiler")
+
+
+def means(weights, block, target=None, **options):
+    entry = lookup(target or block.dtype.name)
+    combination = Combination.of(weights)
+    outs = np.empty((len(combination.matrix), block.shape[1]), entry.numpy)
+    kernel.combine(combination, block, outs, **options)
+    return outs
+
+
+def test_an_input_that_is_not_finite_is_told(step):
+    block = np.ones((3, 20_000), np.float32)
+    block[1, 15_000] = -np.inf
+    with pytest.raises(NonFiniteError) as caught:
+        means([1, 2, 3], block)
+    assert str(caught.value) == "input 1 holds -inf at index 15000"
+    assert (caught.value.input, caught.value.index, caught.value.value) == (1, 15_000, -np.inf)
+
+
+def test_a_result_beyond_its_format_is_told(step):
+    block = np.ones((2, 20_000), np.float32)
+    block[:, 15_000] = 1e38, -3e38
+    block[0, 17_000] = 1e38
+    with pytest.raises(NonFiniteError) as caught:
+        means([[1, 1], [3, -2]], block)  # only the second row overflows, and only there
+    assert str(caught.value) == (
+        "the average at index 15000 does not fit float32; write a wider dtype"
+    )
+    assert (caught.value.input, caught.value.index) == (None, 15_000)
+    assert means([3, -2], block, allow_nonfinite=True)[0, 15_000] == np.inf
+    assert means([3, -2], block, "float64")[0, 15_000] == 3 * float(block[0, 15_000]) - 2 * float(
+        block[1, 15_000]
+    )
+    with pytest.raises(NonFiniteError):
+        means([1, 0], block, "float16")
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float64", "float16"])
+def test_sums_that_overflow_on_the_way_do_not_matter(step, source):
+    entry = lookup(source)
+    top = float(np.array(LARGEST[source]).astype(entry.numpy))
+    block = np.array([[top, top, -top], [top, top, -top], [top / 4, 1, 8]]).astype(entry.numpy)
+    ours = means([[3, -2, 0], [1, -1, 1], [4, -4, 1]], block).astype(float)
+    third = float(block[2, 0])
+    assert ours.tolist() == [[top, top, -top], [third, 1, 8], [third, 1, 8]]
+
+
+LARGEST = {
+    "float64": np.finfo(np.float64).max,
+    "float32": np.finfo(np.float32).max,
+    "float16": 65504.0,
+    "bfloat16": 255 * 2.0**120,
+}
+
+
+def planted(rng, source, columns, inputs=3):
+    """Ordinary numbers, zeros of both signs, ties, what nearly cancels, and subnormal numbers."""
+    block = rng.standard_normal((inputs, columns))
+    step = 2.0 ** (1 - source.precision)
+    block[:, ::7] = 0.0
+    block[:, ::21] *= -1.0
+    block[0, 14::21] = 1.0
+    block[:, 3::11] = 1.0
+    block[0, 3::11] += step
+    block[1, 5::13] = -block[0, 5::13]
+    block[2, 5::13] *= 2.0**-20
+    block[:, 6::17] *= 2.0 ** (source.min_exponent - source.precision + 3)
+    return block.astype(source.numpy)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+def test_blocks_of_many_tiles_and_spans_are_right_in_every_column(step, monkeypatch, name):
+    monkeypatch.setattr(tiles, "_WIDEST_TILE", 256)
+    monkeypatch.setattr(leftovers, "_COLUMNS", 64)
+    block = planted(np.random.default_rng(2), lookup(name), 1300)
+    rows = [[1.0, 1.0, 1.0], [0.1, 0.7, 0.3], [3.0, -1.0, 0.0]]
+    right = [reference.average(row, block) for row in rows]
+    for weights, expected in zip(rows, right, strict=True):
+        assert means(weights, block, allow_nonfinite=True)[0].tobytes() == expected.tobytes()
+    together = means(rows, block, allow_nonfinite=True)
+    assert together.tobytes() == b"".join(one.tobytes() for one in right)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+def test_a_wide_block_with_infinities_is_right_beside_them(step, name):
+    entry = lookup(name)
+    block = planted(np.random.default_rng(3), entry, 700)
+    weights = [[1.0, 1.0, 1.0], [0.1, 0.0, 0.3]]
+    usual = means(weights, block)
+    wide = np.tile(block, 30)  # 21,000 columns
+    infinite = wide.copy()
+    infinite[1, 20_001] = np.inf
+    infinite[0, 9_000] = -np.inf
+    infinite[2, 9_001] = np.nan
+    ours = means(weights, infinite, allow_nonfinite=True).astype(float)
+    right = np.tile(usual, 30).astype(float)
+    right[:, 9_000], right[:, 9_001], right[0, 20_001] = -np.inf, np.nan, np.inf
+    assert ours.tobytes() == right.tobytes()
+
+
+def test_blocks_that_are_not_contiguous_are_combined_as_well(step):
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((3, 1000)).astype(np.float32)
+    weights = [0.1, 0.2, 0.4]
+    right = means(weights, np.ascontiguousarray(wide[:, ::2]))
+    assert means(weights, wide[:, ::2]).tobytes() == right.tobytes()
+    outs = np.zeros((1, 1000), np.float32)
+    kernel.combine(Combination.of(weights), np.ascontiguousarray(wide[:, ::2]), outs[:, ::2])
+    assert outs[:, ::2].tobytes() == right.tobytes()
+    assert not outs[:, 1::2].any()
+
+
+def test_arrays_that_are_no_plain_floats_are_refused():
+    block, outs = np.ones((1, 3), np.float32), np.ones((1, 3), np.float32)
+    for kind in (">f4", np.int32, np.complex64, "M8[s]"):
+        with pytest.raises(WavgError) as caught:
+            kernel.combine(Combination.of([1]), block.astype(kind), outs)
+        assert str(caught.value) == f"dtype {np.dtype(kind)} cannot be averaged"
+        with pytest.raises(WavgError):
+            kernel.combine(Combination.of([1]), block, outs.astype(kind))
+
+
+@pytest.mark.parametrize("target", ["bfloat16", "float16", "float32"])
+def test_subnormal_numbers_lose_nothing_on_the_way(step, target):
+    """Where products lose bits to underflow, the bound has to know."""
+    entry = lookup(target)
+    least = 2.0 ** (entry.min_exponent - entry.precision + 1)
+    numbers = np.arange(0, 64) * least
+    block = np.stack([numbers, numbers[::-1], np.roll(numbers, 7)]).astype(entry.numpy)
+    for weights in ([1, 1, 1], [0.1, 0.1, 0.3], [2, 1, 1], [1e-30, 1, 1], [1e-45, 1e-45, 3e-45]):
+        ours = means(weights, block)[0]
+        assert ours.tobytes() == reference.average(weights, block).tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_sums_are_taken_for_exact_only_where_they_are(step, name):
+    """Two terms as far apart as the window allows, and a little more; ties between outputs."""
+    entry = lookup(name)
+    unit = 2.0 ** (1 - entry.precision)
+    reach = {"float32": 60, "bfloat16": 80, "float16": 14}[name]
+    for low in range(-reach, 1):
+        top = np.array([1 + unit, 1 + 3 * unit, 1.0, -1 - unit] * 4)
+        tail = np.ldexp([1 + unit, -1.0, 1.0, 1 + unit], low).repeat(4)
+        for weights in ([1, 1, 0], [1, 1, 2], [2**13 - 1, 1, 0]):
+            block = np.stack([top, tail, np.roll(top, 1)]).astype(entry.numpy)
+            right = reference.average(weights, block)
+            assert means(weights, block)[0].tobytes() == right.tobytes()
+
+
+def test_whole_weights_of_the_largest_size_that_is_known_to_be_exact(step):
+    rng = np.random.default_rng(1)
+    for weights in ([2**27 - 1, 2**27, 1], [2**28, 3, 1], [2**27, 1 - 2**27, 2**20]):
+        for name in ("float32", "bfloat16", "float16"):
+            block = planted(rng, lookup(name), 200)
+            right = reference.average(weights, block)
+            ours = means(weights, block, allow_nonfinite=True)[0]
+            assert ours.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float64"])
+def test_a_row_whose_total_is_too_small_for_float64_is_exact(step, name):
+    block = planted(np.random.default_rng(5), lookup(name), 60, inputs=4)
+    block[0] = block[1]  # else the mean is beyond any format
+    weights = [1.0, -1.0, TINY, 0.0]
+    right = reference.average(weights, block)
+    assert means([weights, [1, 1, 1, 1]], block)[0].tobytes() == right.tobytes()
+
+
+def test_zeros_by_the_hundred_keep_their_signs(step, monkeypatch):
+    monkeypatch.setattr(leftovers, "_COLUMNS", 64)
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        block = np.full((2, 400), -0.0).astype(lookup(name).numpy)
+        assert (
+            means([[1, 1], [1, -1.5]], block).tobytes() == np.stack([block[0], -block[0]]).tobytes()
+        )
+
+
+def test_exact_sums_are_rounded_once_to_float64_as_well(step):
+    block = planted(np.random.default_rng(6), F32, 200).astype(np.float32)
+    for weights in ([1, 1, 1], [2**27, 2**26, 1], [3, -1, 0]):
+        right = reference.average(weights, block, "float64")
+        assert means(weights, block, "float64")[0].tobytes() == right.tobytes()

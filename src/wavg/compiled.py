@@ -63,8 +63,7 @@ class Compiled:
 
     def __init__(self, combination: Combination, source: DType, target: DType) -> None:
         self._source, self._formats = source, (_FORMATS[source.name], _FORMATS[target.name])
-        self._left = np.empty((0, 0), bool)
-        self._block: Array = np.empty((0, 0), source.numpy)
+        self._left = self._block = _NONE
         self._weights = combination.matrix.copy()
         rows = []
         errors = combination.error(2.0**-53).tolist()
@@ -77,7 +76,7 @@ class Compiled:
                 window = math.ldexp(sum(map(abs, integers)), source.precision - 52)
             vanished = (combination.matrix[index] != 0) != (np.array(integers) != 0)
             if not combination.tame[index] or vanished.any():  # it settles no more than zeros
-                self._weights[index] = np.sign(np.array(integers, dtype=object)).astype(np.float64)
+                self._weights[index] = [(weight > 0) - (weight < 0) for weight in integers]
                 total, error = 1.0, math.inf
             rows.append((total, window, error))
         self._rows = np.array(rows)
@@ -120,8 +119,8 @@ class Compiled:
 
 def _packed(array: Array, columns: int) -> Array:
     """Return the rows of so many columns that lie one behind the other at the start of an array."""
-    return array.reshape(-1)[: len(array) * columns].reshape(len(array), columns)
+    return array.ravel()[: len(array) * columns].reshape(len(array), columns)
 
 
 def _bytes(array: Array) -> Array:
-    return array.view(np.uint8).reshape(-1)
+    return array.ravel().view(np.uint8)

@@ -21,11 +21,11 @@ could not settle:
    here, for its sums are always exact.
 3. Double-double, and then whole numbers of any length (`wavg.exact`).
 
-Steps 2 and 3 are in `wavg.leftovers`. Step 2 rounds a quotient ``S / T`` to float64 and then to at
-most 24 bits, twice. That is harmless where the sum ``S`` is exact: a midpoint ``m`` of the narrow
-format has at most 25 bits and ``T`` at most 28, so ``S`` and ``m T`` are multiples of a common
-quantum that exceeds ``T`` times half a unit of float64 at ``m``; the quotient is the midpoint, or
-float64 tells them apart.
+Steps 2 and 3 are in `wavg.leftovers`. Step 2 rounds a quotient ``S / T`` to float64 and, for other
+outputs, again to at most 24 bits. That is harmless where the sum ``S`` is exact: a midpoint ``m``
+of the narrow format has at most 25 bits and ``T`` at most 28, so ``S`` and ``m T`` are multiples of
+a common quantum that exceeds ``T`` times half a unit of float64 at ``m``; the quotient is the
+midpoint, or float64 tells them apart.
 """
 
 from __future__ import annotations

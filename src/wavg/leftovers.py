@@ -127,7 +127,7 @@ class Leftovers:
         if not combination.tame[index]:
             return self._exact_means(index, wide)
         bits = combination.bits[index]
-        if target.precision < 53 and fits(bits, *_exponents(wide), self._source):
+        if fits(bits, *_exponents(wide), self._source):
             quotients = combination.matrix[index] @ wide / combination.totals[index]
             values = round_to(quotients, target)
             if not quotients.all():
@@ -157,7 +157,7 @@ class Leftovers:
         values = signed_zeros(integers, columns).astype(target.numpy)
         used = np.array(integers, dtype=bool)
         nonzero = np.flatnonzero(columns[used].any(axis=0))
-        if columns.size > _FEW and len(nonzero) and combination.tame[index]:
+        if columns.size > _FEW and combination.tame[index]:
             matrix, totals = combination.matrix[index], combination.totals[index]
             total = float(totals), float(combination.low_totals[index])
             lossless = combination.lossless[index]
@@ -172,7 +172,9 @@ class Leftovers:
     def _settle_nonfinite(self, raw: Array, outs: Array, first: int) -> None:
         """Refuse NaN and infinities, or take IEEE 754 where they stand and be exact elsewhere."""
         if not self._allow_nonfinite:
-            row, column = first_nonfinite(raw) or (0, 0)  # there is one
+            found = first_nonfinite(raw)
+            assert found is not None  # or the first step would not say so
+            row, column = found
             value = float(raw[row, column])
             raise NonFiniteError(
                 f"input {row} holds {value} at index {first + column}",

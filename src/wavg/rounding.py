@@ -37,7 +37,7 @@ def round_to(values: F64, target: DType) -> Array:
         magic = math.ldexp(1.5, 52 + target.min_exponent - target.precision + 1)
         small = values[tiny]
         result[tiny] = np.copysign((small + magic) - magic, small)
-    return result.astype(np.float32).astype(target.numpy)
+    return result.astype(target.numpy)
 
 
 def odd(high: F64, low: F64, target: DType) -> F64:

@@ -68,7 +68,7 @@ class Tiles:
         self._start = _start(source, target)
         self._tile = _tile_width(inputs, outputs)
         self._span = span(inputs, outputs, target)
-        self._sums: Array = np.empty((outputs, 0), self._start)
+        self._reserved = 0
         # The sums of float16 need no bound where float64 holds them exactly, whatever the numbers.
         self._exact = (
             source.name == "float16"
@@ -82,7 +82,7 @@ class Tiles:
             self._matrix = matrix.astype(self._start)
         limits = np.finfo(self._start)
         self._error = combination.error(float(limits.epsneg))
-        self._least = (inputs + 6) * float(limits.smallest_subnormal)
+        self._least = (inputs + 6) * float(limits.smallest_subnormal)  # what products may lose
         self._range = float(limits.max) / 4
 
     def portions(self, block: Array, outs: Array) -> Iterator[Portion]:
@@ -110,13 +110,14 @@ class Tiles:
 
     def _reserve(self, width: int) -> None:
         """Make scratch arrays for a span; they are kept for the next span of this width."""
-        if self._sums.shape[1] == width:
+        if self._reserved == width:
             return
+        self._reserved = width
         outputs, inputs = self._combination.matrix.shape
         tile = min(self._tile, width)
         self._wide = np.empty((inputs, tile), self._start)
         self._half = np.empty((inputs, tile * (self._source.name == "float16")), np.float32)
-        self._sums = np.empty((outputs, width), self._start)
+        self._sums: Array = np.empty((outputs, width), self._start)
         self._shifted: Array = np.empty((outputs, width), self._start)
         self._other = np.empty((outputs, width), self._target.numpy)
         self._flags = np.empty((outputs, width), bool)
@@ -138,11 +139,16 @@ class Tiles:
                 np.copyto(wide, raw[:, columns], casting="unsafe")
             np.matmul(self._matrix, wide, out=self._sums[:, columns])
 
+    def _bound(self, largest: float) -> Array:
+        """Bound what each row's means may be off, of numbers up to the largest."""
+        bound: Array = self._error * largest + self._least
+        return bound
+
     def _bracket(self, raw: Array, outs: Array, largest: float) -> npt.NDArray[np.bool_]:
         """Write the lower ends of the intervals, rounded; return where the upper ones differ."""
         self._reserve(raw.shape[1])
         self._multiply(raw)
-        error = (self._error * largest + self._least * (1 + largest))[:, None].astype(self._start)
+        error = self._bound(largest)[:, None].astype(self._start)
         np.subtract(self._sums, error, out=self._shifted)
         self._round(outs)
         np.add(self._sums, error, out=self._shifted)
