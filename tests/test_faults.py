@@ -19,8 +19,17 @@ import h5py
 import numpy as np
 import pytest
 
+import small_files
 import wavg
-from wavg import InputError, OutOfMemoryError, OutputError, kernel, publish, publish_folder
+from wavg import (
+    InputError,
+    OutOfMemoryError,
+    OutputError,
+    kernel,
+    outputs,
+    publish,
+    publish_folder,
+)
 from wavg.checkpoint import Checkpoint
 from wavg.formats import hdf5
 from wavg.formats.hdf5_links import linked_order
@@ -447,6 +456,42 @@ def test_an_input_that_cannot_be_opened_is_named_and_a_missing_one_stays_pythons
     monkeypatch.setattr("builtins.open", disk_error)
     with pytest.raises(InputError, match=r"model\.npz"):
         wavg.load(tmp_path / "model.npz")
+
+
+@pytest.mark.parametrize("suffix", small_files.SUFFIXES)
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_an_input_that_is_gone_when_the_output_begins_is_no_fault_of_the_output(
+    tmp_path, monkeypatch, suffix, dtype
+):
+    paths = small_files.inputs(tmp_path / "in", suffix)
+    original = outputs._templates
+
+    def gone(row, plan, reference, *rest):
+        for file in reference.index.files:
+            os.unlink(file.path)
+        return original(row, plan, reference, *rest)
+
+    monkeypatch.setattr(outputs, "_templates", gone)
+    with pytest.raises(wavg.CheckpointChangedError) as caught:
+        wavg.average_checkpoints(paths, small_files.output(tmp_path, suffix), dtype=dtype)
+    assert os.path.dirname(caught.value.path) in (paths[1], str(tmp_path / "in"))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", "/", ".weights.json"])
+def test_nor_is_one_that_the_disk_does_not_give_then(tmp_path, monkeypatch, suffix):
+    paths = small_files.inputs(tmp_path / "in", suffix)
+    original = outputs._templates
+
+    def unreadable(*arguments):
+        monkeypatch.setattr("builtins.open", disk_error)
+        return original(*arguments)
+
+    monkeypatch.setattr(outputs, "_templates", unreadable)
+    with pytest.raises(InputError, match=r"cannot read .*: Input/output error") as caught:
+        wavg.average_checkpoints(paths, small_files.output(tmp_path, suffix))
+    assert os.path.dirname(caught.value.path) in (paths[1], str(tmp_path / "in"))
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_closing_inputs_cannot_fail_a_run(tmp_path, monkeypatch):

@@ -127,6 +127,24 @@ def test_the_budget_is_that_of_the_whole_walk(monkeypatch, limit):
     assert order(written(lambda file: create(file, names[:10]))) != []
 
 
+def test_a_groups_name_counts_for_each_of_its_members(monkeypatch):
+    names = [f"{'x' * 1000}/{number:02}" for number in range(40)]
+    data = written(lambda file: create(file, names))
+    monkeypatch.setattr(hdf5_links, "_MOST_NAME_BYTES", 20_000)
+    assert order(data) == []
+    monkeypatch.setattr(hdf5_links, "_MOST_NAME_BYTES", 50_000)
+    assert len(order(data)) == 41
+
+
+def test_a_node_that_claims_more_members_than_a_file_may_have_gives_no_order(monkeypatch):
+    monkeypatch.setattr(hdf5_links, "_MOST", 100)
+    data = bytearray(written(lambda file: create(file, ["b", "a"])))
+    assert order(bytes(data)) == ["b", "a"]
+    node = data.index(b"SNOD")
+    data[node + 6 : node + 8] = (101).to_bytes(2, "little")
+    assert order(bytes(data)) == []
+
+
 @pytest.mark.parametrize("length", [60_000, 66_000])
 def test_a_very_long_name_gives_no_order(length):
     data = written(lambda file: create(file, ["x" * length, "a"]))

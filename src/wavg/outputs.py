@@ -13,7 +13,7 @@ from wavg import destinations
 from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
 from wavg.destinations import refuse_existing
 from wavg.dtypes import lookup
-from wavg.errors import OutputError, OutputExistsError
+from wavg.errors import CheckpointFormatError, OutputError, OutputExistsError
 from wavg.formats import (
     Format,
     format_of_output,
@@ -139,7 +139,7 @@ def planned(
     if len(parts) > 1 and not folder:
         _begin_set(parts, overwrite)
     with _begun(parts, target if folder else None, overwrite) as (files, published):
-        with _failures(files), uncollected():
+        with _failures(files), _unless_changed(reference), uncollected():
             bare = templates = _templates(row, plan, reference, parts, files)
             noted: Callable[[str | None], list[Template]] | None = None
             if row.recorded and (record or KEY in reference.index.metadata):
@@ -230,6 +230,16 @@ def _failures(files: Sequence[NewFile]) -> Iterator[None]:
         for file in files:
             stack.enter_context(file.failures())
         yield
+
+
+@contextlib.contextmanager
+def _unless_changed(reference: Checkpoint) -> Iterator[None]:
+    """Have what fails because the reference is another, or gone, be told as that."""
+    try:
+        yield
+    except (OSError, CheckpointFormatError):
+        reference.verify_unchanged()
+        raise
 
 
 def _templates(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
+from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify, reading
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import hdf5_rewrite, keras_weights
 from wavg.formats.hdf5 import Source
@@ -73,7 +73,7 @@ def _read_map(path: str, identity: FileIdentity) -> dict[str, Any]:
     if identity.size > _LARGEST_MAP:
         raise _bad(path, f"it has {identity.size:,} bytes, more than {_LARGEST_MAP:,}")
     try:
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
             content = json.loads(
                 file.read(_LARGEST_MAP).decode("utf-8"),
                 object_pairs_hook=without_twins(lambda why, name: _bad(path, why)),

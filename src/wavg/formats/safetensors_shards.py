@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify
+from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify, reading
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats import folders, safetensors
 from wavg.formats.tables import without_twins
@@ -99,7 +99,7 @@ def _bad(path: str, why: str, tensor: str | None = None) -> CheckpointFormatErro
 def _read_bytes(path: str, identity: FileIdentity) -> bytes:
     if identity.size > _LARGEST_MAP:
         raise _bad(path, f"it has {identity.size:,} bytes, more than {_LARGEST_MAP:,}")
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return file.read(_LARGEST_MAP)
 
 
@@ -322,6 +322,8 @@ def _header_of(template: Template, reference: Checkpoint, number: int) -> bytes:
     if template.pieces:
         ((_, data),) = template.pieces
         return data[8:]
-    _, header = safetensors.read_header(reference.index.files[number].path)
+    path = reference.index.files[number].path
+    with reading(path):
+        _, header = safetensors.read_header(path)
     reference.verify_unchanged()
     return header
