@@ -335,7 +335,7 @@ def test_chunks_are_whole_however_short_the_system_reads_and_writes(tmp_path, mo
     with h5py.File(tmp_path / "out.h5") as file:
         assert (file[name_of_dataset(file)][...] == 0.5).all()
     monkeypatch.setattr(hdf5_rewrite, "read_exactly", lambda *_: False)
-    with pytest.raises(OutputError, match="what was written is not there"):
+    with pytest.raises(OutputError, match="Input/output error"):
         wavg.average_checkpoints(paths, tmp_path / "third.h5")
 
 
