@@ -24,10 +24,10 @@ from wavg import (
     OutputExistsError,
     access,
     checkpoint,
+    compiled,
     destinations,
     formats,
     journal,
-    kernel,
     opening,
     positional,
     publish,
@@ -87,7 +87,7 @@ def like_windows(monkeypatch) -> None:
     monkeypatch.setattr(access, "_LISTS", ())
     monkeypatch.setattr(publish, "_sync_data", os.fsync)
     monkeypatch.setattr(renames, "_CALLS", {})
-    monkeypatch.setattr(kernel, "_compiled", None)
+    monkeypatch.setattr(compiled, "COMPILED", False)
     for module in (renames, temporaries, journal):
         monkeypatch.setattr(module, "fcntl", None)
     for module in (publish, publish_folder):
