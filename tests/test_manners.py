@@ -514,6 +514,18 @@ def test_what_cannot_be_changed_stays(tmp_path, suffix):
     assert small_files.contents(small.folder) == old
 
 
+@root
+def test_what_another_user_left_is_left(place):
+    small = Small(place, ".npz")
+    small.run(f"{place}/first.npz")
+    give_all(place)
+    stray = small.folder / ".out.npz.0123456789ab.wavg-tmp"
+    stray.touch(0o600)
+    with unprivileged():
+        small.run()
+    assert sorted(os.listdir(small.folder)) == [stray.name, "out.npz"]
+
+
 def test_a_folder_to_put_files_into_needs_no_look_around(place):
     small = Small(place, ".npz")
     small.run(f"{place}/first.npz")
