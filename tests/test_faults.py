@@ -31,7 +31,7 @@ from wavg import (
     publish_folder,
 )
 from wavg.checkpoint import Checkpoint
-from wavg.formats import hdf5
+from wavg.formats import hdf5, hdf5_rewrite
 from wavg.formats.hdf5_links import linked_order
 from wavg.positional import write_exactly
 from wavg.publish import AtomicFile
@@ -325,6 +325,40 @@ def test_an_output_is_whole_however_short_the_system_writes(tmp_path, monkeypatc
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
     small.run()
     assert small.content() == whole
+
+
+def test_chunks_are_whole_however_short_the_system_reads_and_writes(tmp_path, monkeypatch):
+    paths = [tmp_path / f"model_{step}.h5" for step in (1, 2)]
+    for step, path in enumerate(paths):
+        wavg.save(path, {"a/w": np.full((9, 7), step, np.float32)})
+        with h5py.File(path, "r+") as file:
+            name = name_of_dataset(file)
+            values = file[name][...]
+            del file[name]
+            file.create_dataset(name, data=values, chunks=(4, 3), compression="gzip")
+    wavg.average_checkpoints(paths, tmp_path / "whole.h5")
+    for call in ("preadv", "pwrite"):
+        monkeypatch.setattr(os, call, shortened(getattr(os, call)))
+    wavg.average_checkpoints(paths, tmp_path / "out.h5")
+    assert (tmp_path / "out.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert (file[name_of_dataset(file)][...] == 0.5).all()
+    monkeypatch.setattr(hdf5_rewrite, "read_exactly", lambda *_: False)
+    with pytest.raises(OutputError, match="Input/output error"):
+        wavg.average_checkpoints(paths, tmp_path / "third.h5")
+
+
+def shortened(real):
+    def call(descriptor, what, offset):
+        return real(descriptor, [what[0][:3]] if isinstance(what, list) else what[:3], offset)
+
+    return call
+
+
+def name_of_dataset(file):
+    found = []
+    file.visititems(lambda name, thing: found.append(name) if hasattr(thing, "chunks") else None)
+    return found[0]
 
 
 class Short:

@@ -176,12 +176,45 @@ def test_at_no_instant_is_the_temporary_more_open_than_what_it_replaces(
     assert len(seen) > 5
 
 
+def test_a_mode_that_is_changed_during_the_run_counts(tmp_path):
+    path = tmp_path / "out"
+    for first in (0o644, None):
+        if first:
+            path.touch(first)
+        with AtomicFile(str(path), overwrite=True) as file:
+            path.touch()
+            os.chmod(path, 0o640 if first else 0o600)
+            file.commit()
+        assert mode(path) == (0o640 if first else 0o600)
+        path.unlink()
+
+
 def test_a_program_of_another_owner_does_not_become_ours(tmp_path):
     small = Small(tmp_path, ".npz")
     small.run()
     os.chmod(small.output, 0o6755)
     small.run(overwrite=True)
     assert mode(small.output) == 0o755
+
+
+def test_whatever_else_is_written_follows_the_umask_or_what_it_replaces(tmp_path):
+    averager = wavg.StreamingAverager("linear")
+    averager.update({"w": np.float32([1])})
+
+    def write():
+        wavg.save(tmp_path / "model.npz", {"w": np.ones(1)}, overwrite=True)
+        averager.save(tmp_path / "state.safetensors")
+        results.written("a", tmp_path / "table.csv", overwrite=True)
+        Journal(f"{tmp_path}/journal", {}).__exit__(None, None, None)
+
+    with umask(0o027):
+        write()
+    assert {mode(path) for path in tmp_path.iterdir()} == {0o640}
+    for path in tmp_path.iterdir():
+        os.chmod(path, 0o604)
+    write()
+    assert {mode(path) for path in tmp_path.iterdir()} == {0o604}
+    assert len(os.listdir(tmp_path)) == 4
 
 
 @root
@@ -481,6 +514,18 @@ def test_what_cannot_be_changed_stays(tmp_path, suffix):
     assert small_files.contents(small.folder) == old
 
 
+@root
+def test_what_another_user_left_is_left(place):
+    small = Small(place, ".npz")
+    small.run(f"{place}/first.npz")
+    give_all(place)
+    stray = small.folder / ".out.npz.0123456789ab.wavg-tmp"
+    stray.touch(0o600)
+    with unprivileged():
+        small.run()
+    assert sorted(os.listdir(small.folder)) == [stray.name, "out.npz"]
+
+
 def test_a_folder_to_put_files_into_needs_no_look_around(place):
     small = Small(place, ".npz")
     small.run(f"{place}/first.npz")
@@ -602,7 +647,7 @@ def test_what_is_no_file_is_no_input_and_is_not_waited_for(tmp_path, make, suffi
 def test_tables_may_go_to_a_pipe_or_a_device(tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
     reader.start()
     results.written("a,b\n" * 50_000, pipe, overwrite=False)
     reader.join()

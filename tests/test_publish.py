@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import OutputError, OutputExistsError, publish, renames
+from wavg import OutputError, OutputExistsError, publish, renames, temporaries
 from wavg.destinations import refuse_full
 from wavg.publish import AtomicFile
 from wavg.publish_folder import AtomicFolder
+from wavg.temporaries import NEW, OLD, remove
 
 
 def write(path, data=b"new", **options):
@@ -309,6 +310,96 @@ def test_what_was_replaced_comes_back_when_that_is_withdrawn(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_what_was_replaced_and_is_there_no_more_cannot_come_back_and_the_new_one_stays(
+    tmp_path, kind
+):
+    """Another run to the same output may take the old one, under its second name, for a stray."""
+    for overwrite in (False, True):
+        with kind(f"{tmp_path}/out", overwrite=overwrite) as made:
+            made.commit()
+            if overwrite:
+                for name in os.listdir(tmp_path):
+                    if name.endswith((OLD, NEW)) and "out" in name:
+                        remove(f"{tmp_path}/{name}")
+                assert not made.withdraw()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_a_temporary_that_another_run_is_about_to_remove_is_left_to_it(tmp_path, monkeypatch, kind):
+    real, asked = temporaries.fcntl.flock, []
+
+    def flock(descriptor, how):
+        asked.append(how)
+        if len(asked) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        real(descriptor, how)
+
+    monkeypatch.setattr(temporaries.fcntl, "flock", flock)
+    with kind(f"{tmp_path}/out") as made:
+        made.commit()
+    assert len(asked) == 2
+    assert [name for name in os.listdir(tmp_path) if name != "out"] != []  # the other's to remove
+
+
+def test_a_temporary_folder_that_another_run_has_just_removed_is_made_anew(tmp_path, monkeypatch):
+    real, made = os.mkdir, []
+
+    def mkdir(path, *rest):
+        real(path, *rest)
+        made.append(path)
+        if len(made) == 1:
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with AtomicFolder(f"{tmp_path}/out") as folder:
+        folder.commit()
+    assert len(made) == 2
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_two_runs_that_remove_one_folder_do_not_stop_each_other(tmp_path, monkeypatch):
+    old_folder(tmp_path / "stray")
+    (tmp_path / "stray/b").touch()
+    real = os.listdir
+
+    def listdir(path):
+        names = real(path)
+        os.unlink(f"{path}/a")  # the other's work
+        return names
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    remove(str(tmp_path / "stray"))
+    assert real(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_link_that_the_disk_refuses_is_no_lack_of_links(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        with pytest.raises(OutputError) as caught:
+            write(tmp_path / "out")
+    assert caught.value.errno == code
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_trial_exchange_that_fails_is_told_and_leaves_the_old_folder(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    old_folder(tmp_path / "out")
+    monkeypatch.setattr(renames, "rename", fail)
+    with pytest.raises(OutputError) as caught:
+        write_folder(tmp_path / "out", overwrite=True)
+    assert caught.value.errno == errno.EIO
+    assert contents(tmp_path / "out") == {"a": b"old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
 FOLDER_SITES = ["mkdir", "ftruncate", "pwrite", "fsync", "open", "listdir", "scandir"]
 
 
@@ -384,3 +475,5 @@ def test_a_file_system_that_does_not_know_its_size_is_trusted(tmp_path, monkeypa
     unknown = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: unknown)
     refuse_full(f"{tmp_path}/out", 1 << 62)
+    monkeypatch.undo()
+    refuse_full(f"{tmp_path}/missing/out", 1 << 62)

@@ -24,6 +24,7 @@ _TURNS = [threading.Lock() for _ in range(61)]  # by descriptor
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
     """Return up to `size` bytes of a file from `offset` on; none at its end."""
+    size = min(size, _MOST)
     if hasattr(os, "pread"):
         return os.pread(descriptor, size, offset)
     with _TURNS[descriptor % len(_TURNS)]:

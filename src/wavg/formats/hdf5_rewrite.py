@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -16,7 +17,7 @@ from wavg.errors import OutputError
 from wavg.extents import Extent
 from wavg.formats.hdf5 import Source, is_group, members, opened
 from wavg.formats.hdf5_links import linked_order
-from wavg.positional import read_at
+from wavg.positional import read_exactly
 from wavg.templates import Template
 
 _MARGIN = 16 << 20  # for what HDF5 notes of its chunks
@@ -206,16 +207,14 @@ def _write_chunks(descriptor: int, dataset: Any, spec: TensorSpec) -> None:
             slice(start, min(start + width, size))
             for start, width, size in zip(corner, dataset.chunks, spec.shape, strict=True)
         )
-        parts = [
-            read_at(
-                descriptor,
-                length * spec.entry.itemsize,
-                spec.extent.offset + first * spec.entry.itemsize,
-            )
-            for first, length in runs(spec.shape, box)
-        ]
-        values = np.frombuffer(b"".join(parts), dataset.dtype)
-        dataset[box] = values.reshape([part.stop - part.start for part in box])
+        values = np.empty([part.stop - part.start for part in box], dataset.dtype)
+        flat, done = values.reshape(-1), 0
+        for first, length in runs(spec.shape, box):
+            place = spec.extent.offset + first * spec.entry.itemsize
+            if not read_exactly(descriptor, place, flat[done : done + length]):
+                raise OSError(errno.EIO, "what was written is not there")
+            done += length
+        dataset[box] = values
 
 
 def runs(shape: tuple[int, ...], box: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
