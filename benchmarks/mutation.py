@@ -3,7 +3,7 @@
     python benchmarks/mutation.py GROUP [--folder FOLDER] [--again] [--only PATTERN]
 
 GROUP is one of `GROUPS` below: modules, and the tests that judge them. mutmut makes the mutants
-(``pip install mutmut==3.8.1``), in a copy in FOLDER of what is needed; mutation_run.py runs the
+(``pip install wavg[mutation]``), in a copy in FOLDER of what is needed; mutation_run.py runs the
 tests. With ``--again`` what was killed there before is taken for killed, and what has a reason for
 surviving; with ``--only``, of the rest what the pattern names is run, nothing if it is empty.
 
