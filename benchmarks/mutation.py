@@ -23,7 +23,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import tomllib
@@ -55,7 +57,7 @@ GROUPS = {
             "rounding",
             "exact",
         ),
-        ("tests/test_kernel_parts.py", "tests/test_kernel.py"),
+        ("tests/test_kernel_parts.py", "tests/test_compiled.py", "tests/test_kernel.py"),
         FIXED,
     ),
     "plan": Group(
@@ -134,10 +136,12 @@ def run(
     minutes: float,
     *,
     source: Path | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Run the tests against mutants, one at a time; so long for each, and for all, at most.
 
-    The code and the tests are those in `source`, if it is not the folder.
+    The code and the tests are those in `source`, if it is not the folder; `more` goes to the
+    environment.
     """
     source = source or folder
     (folder / "asked.json").write_text(json.dumps(names))
@@ -150,7 +154,7 @@ def run(
         "MUTATION_MINUTES": str(minutes),
         "OPENBLAS_NUM_THREADS": "1",  # threads do not outlive a fork
     }
-    subprocess.run(command, cwd=source, env=os.environ | environment, check=True)
+    subprocess.run(command, cwd=source, env={**os.environ, **environment, **more}, check=True)
     print()
 
 

@@ -3,9 +3,10 @@
     python benchmarks/mutation_compiled.py [--folder FOLDER] [--sample 150]
 
 Operators and whole numbers in the text of _compiled.c are changed, one at a time; what still
-compiles (``cc -O1``) is loaded in the place of the module, in forks of one session of the kernel's
-tests. A sample of fixed seed is taken, for each takes a second. Survivors need a reason in
-survivors.toml, under the name ``_compiled``.
+compiles (``cc -O1``, with AddressSanitizer if that is there) is loaded in the place of the module,
+in forks of one session of the kernel's tests. A sample of fixed seed is taken, for each takes some
+seconds. Survivors need a reason in survivors.toml, under the name ``_compiled``; they are asked
+again by a second run with the same folder.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ OPERATORS = {
     "|=": "&=",
     "&=": "|=",
 }
+# What reads or writes beyond an array is told by that, if it is there.
+SANITIZER = Path(
+    subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+)
+WATCH = {"LD_PRELOAD": str(SANITIZER), "ASAN_OPTIONS": "detect_leaks=0"}
 TOKEN = re.compile(
     r"(?P<skip>/\*.*?\*/|\"(?:\\.|[^\"])*\"|#(?:include|error|if|elif|endif|else)[^\n]*"
     r"|\benum [a-z]* ?\{[^}]*\}|->)"
@@ -93,7 +101,9 @@ def compile_to(path: Path, text: str) -> bool:
     include = sysconfig.get_paths()["include"]
     # Of what one compiler makes for several processors, one is enough here.
     single = ("-U__GNUC__", "-D__GNUC__=11", "-w")
-    command = ["cc", "-O1", "-shared", "-fPIC", *single, f"-I{include}", str(source), "-o"]
+    watched = ("-fsanitize=address",) if SANITIZER.exists() else ()
+    options = ("-O1", "-shared", "-fPIC", *single, *watched, f"-I{include}")
+    command = ["cc", *options, str(source), "-o"]
     done = subprocess.run([*command, str(path), "-lm"], capture_output=True, check=False)
     return done.returncode == 0
 
@@ -117,7 +127,8 @@ def main() -> None:
     ask = [] if options.look else [n for n in names if told.get(n, "survived") == "survived"]
     ask = [n for n in ask if compile_to(folder / f"{n}.so", every[n][1])]
     if ask:
-        run(folder, group, ask, options.seconds, options.minutes, source=ROOT)
+        more = WATCH if SANITIZER.exists() else {}
+        run(folder, group, ask, options.seconds, options.minutes, source=ROOT, more=more)
     told = outcomes(folder)
     mutants = {name: every[name][0] for name in names if name in told}
     figures, wrong = count(mutants, told, group, reasons())

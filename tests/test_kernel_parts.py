@@ -961,3 +961,34 @@ def test_exact_sums_are_rounded_once_to_float64_as_well(step):
     for weights in ([1, 1, 1], [2**27, 2**26, 1], [3, -1, 0]):
         right = reference.average(weights, block, "float64")
         assert means(weights, block, "float64")[0].tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("inputs", [4, 5, 8, 9])
+def test_inputs_without_weight_make_no_term_wherever_they_stand(step, name, inputs):
+    """Four rows are taken at once if all of them have weight."""
+    block = np.full((inputs, inputs), -0.0)
+    np.fill_diagonal(block, 1.0)
+    block = block.astype(lookup(name).numpy)
+    for unused in range(inputs):
+        weights = np.ones(inputs)
+        weights[unused] = 0.0
+        right = reference.average(weights, block)
+        assert np.signbit(right[unused].astype(float))
+        assert means(weights, block)[0].tobytes() == right.tobytes()
+        both = means([np.arange(1, inputs + 1), weights], block)
+        assert both[1].tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("columns", [1, 1023, 1024, 1025, 2048])
+def test_every_column_of_tiles_that_are_full_or_not(step, name, columns):
+    rng = np.random.default_rng(columns)
+    wide = rng.standard_normal((7, columns)).astype(lookup(name).numpy)
+    weights = np.array([[1, 2, 3, 4, 5, 6, 7], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75]])
+    exactly = wide.astype(np.float64).T @ weights.T / weights.sum(axis=1)
+    ours = means(weights, wide).astype(np.float64).T
+    unit = 2.0 ** (1 - lookup(name).precision)
+    assert (np.abs(ours - exactly) <= unit * np.abs(exactly) + 2.0**-24).all()
+    alone = np.concatenate([means(row, wide) for row in weights]).astype(np.float64).T
+    assert alone.tobytes() == ours.tobytes()
