@@ -79,6 +79,7 @@ KINDS = {
     "speed": "the same bytes, in another time or with other scratch memory",
     "same": "the same value for whatever can come",
     "wider": "a bound that is wider than it need be: more goes to the next step, to the same bytes",
+    "elsewhere": "told by another script or test",
 }
 THEIRS = "from mutmut.mutation.trampoline import wrap_in_trampoline as _mutmut_mutated, MutantDict"
 OURS = "from mutation_run import switch as _mutmut_mutated, MutantDict"

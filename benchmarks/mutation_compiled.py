@@ -123,15 +123,16 @@ def main() -> None:
     assert compile_to(folder / "original.so", text)
     every = mutants_of(text)
     names = random.Random(0).sample(sorted(every), min(options.sample, len(every)))
-    told = outcomes(folder)
-    ask = [] if options.look else [n for n in names if told.get(n, "survived") == "survived"]
-    ask = [n for n in ask if compile_to(folder / f"{n}.so", every[n][1])]
+    known, told = reasons(), outcomes(folder)
+    ask = [name for name in names if name not in told or told[name] == "survived"]
+    ask = [n for n in ask if n not in told or not any(r.explains(every[n][0]) for r in known)]
+    ask = [n for n in ask if not options.look and compile_to(folder / f"{n}.so", every[n][1])]
     if ask:
         more = WATCH if SANITIZER.exists() else {}
         run(folder, group, ask, options.seconds, options.minutes, source=ROOT, more=more)
     told = outcomes(folder)
     mutants = {name: every[name][0] for name in names if name in told}
-    figures, wrong = count(mutants, told, group, reasons())
+    figures, wrong = count(mutants, told, group, known)
     figures["_compiled"]["possible"] = len(every)
     print(f"{len(every)} are possible, {len(names)} taken, {len(mutants)} compile")
     print(figures)

@@ -100,3 +100,22 @@ def test_the_compiled_step_flags_only_what_it_left():
     (portion,) = ours.in_memory(block, outs)
     assert (portion.first, portion.raw.shape) == (0, (4, 3000))
     assert np.flatnonzero(portion.flags[0]).tolist() == [1500]
+
+
+def test_the_compiled_step_lets_go_of_all_buffers():
+    """A bytearray that is still looked at cannot grow."""
+    given = {
+        "block": bytearray(24),
+        "outs": bytearray(24),
+        "flags": bytearray(6),
+        "counts": bytearray(16),
+        "matrix": bytearray(np.ones(4).tobytes()),
+        "rows": bytearray(np.array([[2.0, np.inf, 1e-15]] * 2).tobytes()),
+        "descriptors": bytearray(),
+        "offsets": bytearray(),
+    }
+    settle(**given)
+    with pytest.raises(ValueError, match="fit together"):
+        settle(**given, start=-1)
+    for buffer in given.values():
+        buffer.append(0)
