@@ -238,20 +238,21 @@ def bit_flips() -> str:
 
 
 def mutation() -> str:
-    kinds = ("speed", "wider", "same")
+    kinds = ("speed", "wider", "same", "elsewhere", "unexplained")
 
     def rows() -> Iterator[str]:
         for group in figures("mutation").values():
             for module, found in group.items():
-                survived = " | ".join(f"{found[kind]:,}" for kind in kinds)
+                sample = f", of {found['possible']:,}" if "possible" in found else ""
+                survived = " | ".join(f"{found.get(kind, 0):,}" for kind in kinds)
                 yield (
-                    f"`{module}` | {found['mutants']:,} | {found['killed'] + found['timed out']:,} "
-                    f"| {survived} | {found['unexplained']:,}"
+                    f"`{module}` | {found['mutants']:,}{sample} | "
+                    f"{found['killed'] + found['timed out']:,} | {survived}"
                 )
 
     return table(
-        "| mutants | told by a test | not told: as fast or as large as before no longer | "
-        "a bound that is wider | the same values | without a reason",
+        "| mutants | told by a test | only speed or memory | a bound too wide | the same value | "
+        "told elsewhere | without a reason",
         rows(),
     )
 
