@@ -29,6 +29,7 @@ from wavg import (
     outputs,
     publish,
     publish_folder,
+    temporaries,
 )
 from wavg.checkpoint import Checkpoint
 from wavg.formats import hdf5, hdf5_rewrite
@@ -255,6 +256,14 @@ def test_a_temporary_that_another_run_took_for_a_stray_is_made_anew(tmp_path, mo
     write(tmp_path / "out", kind)
     assert taken
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_where_nothing_can_be_locked_strays_are_left_to_a_person(tmp_path, monkeypatch):
+    stray = tmp_path / ".out.0123456789ab.wavg-tmp"
+    stray.touch()
+    monkeypatch.setattr(temporaries, "fcntl", None)
+    write(tmp_path / "out", AtomicFile)
+    assert sorted(os.listdir(tmp_path)) == [stray.name, "out"]
 
 
 def test_shards_that_a_killed_run_let_appear_unnamed_are_reclaimed(tmp_path):

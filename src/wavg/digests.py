@@ -6,6 +6,7 @@ bytes once, and the blocks that follow come from the system's cache. It knows no
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
 import threading
@@ -160,7 +161,7 @@ def verify_checksums(checkpoints: Sequence[Checkpoint], workers: int) -> None:
         digests.finish()
 
 
-class _Passage:
+class _Passage(abc.ABC):
     """A part of an open file, read from its beginning to its end, in one go or in several."""
 
     def __init__(self, checkpoint: Checkpoint, extent: Extent) -> None:
@@ -180,9 +181,9 @@ class _Passage:
                 self.position += len(part)
                 self.update(part.data)
 
+    @abc.abstractmethod
     def update(self, data: memoryview) -> None:
         """Take in the bytes that come next."""
-        raise NotImplementedError
 
 
 class _Hash(_Passage):
