@@ -191,7 +191,8 @@ def test_the_record_has_the_name_of_a_file_of_weights_and_not_its_folder(three):
     path = os.path.abspath(write("w.json", '{"m_10": 0.25, "m_1": 0.5, "m_2": 0.25}'))
     report = wavg.average_checkpoints("m_*.safetensors", "a.safetensors", weights=path)
     assert report.plan.schedule == "w.json"
-    assert os.path.dirname(path) not in wavg.open_checkpoint("a.safetensors").index.metadata["wavg"]
+    with wavg.open_checkpoint("a.safetensors") as made:
+        assert os.path.dirname(path) not in made.metadata["wavg"]
 
 
 def test_names_are_steps_where_there_are_no_files(capsys):

@@ -198,7 +198,8 @@ def test_a_folder_of_several_kinds_may_be_named(run, output, tmp_path):
 def test_a_record_that_names_an_input_twice_is_computed_again(run, tmp_path):
     path = tmp_path / "average.safetensors"
     wavg.average_checkpoints(str(run / "m_9.safetensors"), path, record="sha256")
-    record = wavg.Record.read(wavg.open_checkpoint(path).metadata)
+    with wavg.open_checkpoint(path) as made:
+        record = wavg.Record.read(made.metadata)
     twice = dataclasses.replace(record, sources=record.sources * 2, count=2)
     tensors = wavg.load(path)
     wavg.save(path, tensors, metadata={"wavg": twice.text()}, overwrite=True)
