@@ -108,6 +108,12 @@ BAD_SAFETENSORS = {
     "deeply nested": ({}, b'{"a":' + b"[" * 100_000 + b"}", "nested too deeply|not JSON"),
     "no table": ({}, b"{}[]", "not JSON"),
     "a constant that is no JSON": ({}, b'{"w": NaN}', "NaN"),
+    "half a letter as a name": (
+        {"data": bytes(8)},
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        "name that is no text",
+    ),
+    "half a letter in the metadata": ({}, b'{"__metadata__":{"a":"\\ud800"}}', "metadata"),
     "duplicate names": (
         {"data": bytes(8)},
         b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'

@@ -127,6 +127,11 @@ def test_the_budget_is_that_of_the_whole_walk(monkeypatch, limit):
     assert order(written(lambda file: create(file, names[:10]))) != []
 
 
+def test_a_file_that_begins_elsewhere_than_it_says_gives_no_order():
+    data = written(lambda file: create(file, ["b", "a"]))
+    assert order(data[:24] + (512).to_bytes(8, "little") + data[32:]) == []
+
+
 def test_a_groups_name_counts_for_each_of_its_members(monkeypatch):
     names = [f"{'x' * 1000}/{number:02}" for number in range(40)]
     data = written(lambda file: create(file, names))

@@ -398,6 +398,13 @@ def test_what_stands_in_the_place_of_an_index_is_diagnosed(tmp_path, content, di
         wavg.load(tmp_path)
 
 
+def test_a_shard_whose_header_is_no_table_is_refused(tmp_path):
+    hf_folders.sharded(tmp_path, hf_folders.model(1))
+    (tmp_path / SECOND).write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(CheckpointFormatError, match=f"{SECOND}.*header is not a table"):
+        wavg.load(tmp_path)
+
+
 def test_a_shard_that_is_a_pipe_is_refused_unopened(tmp_path):
     hf_folders.sharded(tmp_path, hf_folders.model(1))
     os.unlink(tmp_path / SECOND)
