@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
@@ -14,7 +15,8 @@ import pytest
 import wavg
 from contract import assert_same, read_bytes
 from wavg import CheckpointFormatError, OutputError
-from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_shards
+from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_shards, keras_weights
+from wavg.temporaries import NEW
 
 NAME = "layers/a/vars/0"
 
@@ -289,3 +291,66 @@ def test_a_group_twice_in_a_map_is_refused(tmp_path):
     path = tmp_path / "m.weights.json"
     path.write_text('{"weight_map": {"/a": "0.h5", "/a": "1.h5"}}')
     refused(path, "'/a' appears twice")
+
+
+# --- numbers that lie over the structure ----------------------------------------------------------
+
+
+def overlaid(path, place):
+    """A file whose second tensor lies over where its header says that the first lies."""
+    wavg.save(path, {"l/a": np.arange(64, dtype=np.float32), "l/o": np.float32([1, 2])})
+    with h5py.File(path) as file:
+        first, second = (file[name].id.get_offset() for name in ("l/a", "l/o"))
+    raw = bytearray(read_bytes(path))
+    layout = raw.index(struct.pack("<QQ", first, 256))
+    over = raw.index(struct.pack("<QQ", second, 8))
+    raw[over : over + 8] = struct.pack("<Q", layout)
+    if place:
+        raw[layout : layout + 8] = struct.pack("<Q", second)
+    with open(path, "wb") as file:
+        file.write(raw)
+    return str(path)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_an_average_that_would_be_read_from_elsewhere_is_not_published(tmp_path, isolate):
+    paths = [overlaid(tmp_path / f"m_{n}.weights.h5", n) for n in range(2)]
+    output = tmp_path / "average.weights.h5"
+    with pytest.raises(CheckpointFormatError, match="l/a would be read from elsewhere") as caught:
+        wavg.average_checkpoints(paths, output, isolate=isolate)
+    assert str(caught.value).startswith(f"{paths[1]}: its numbers lie over its own structure")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def lacking(index):
+    return dataclasses.replace(index, tensors=index.tensors[1:])
+
+
+def reshaped(index):
+    return dataclasses.replace(index, tensors=(index.tensors[0]._replace(shape=(3,)),))
+
+
+def unreadable(index):
+    raise CheckpointFormatError(f"{index.path}: not a sound HDF5 file")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lacking, f"{NAME} is not in the output as it should be"),
+        (reshaped, f"{NAME} is not in the output as it should be"),
+        (unreadable, r"average\.weights\.h5: not a sound HDF5 file"),
+    ],
+)
+def test_an_average_that_is_found_unsound_is_not_published(tmp_path, monkeypatch, spoil, message):
+    paths = [weights(tmp_path / f"m_{n}.weights.h5", np.float32([n, 1])) for n in range(2)]
+    read_index = keras_weights.read_index
+
+    def read(path, **options):
+        index = read_index(path, **options)
+        return spoil(index) if path.endswith(NEW) else index
+
+    monkeypatch.setattr(keras_weights, "read_index", read)
+    with pytest.raises(CheckpointFormatError, match=message):
+        wavg.average_checkpoints(paths, tmp_path / "average.weights.h5")
+    assert len(os.listdir(tmp_path)) == 2

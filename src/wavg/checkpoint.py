@@ -212,6 +212,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     ) -> None:
         self._descriptors: list[int] = []
         self.index = index
+        # How it was looked into: takes the name of a format and a path. None in another process.
+        self.look: Callable[[str, str], Index] | None = None
         self._make_block_reader = block_reader
         self._block_reader: BlockReader | None = None
         self._by_name: dict[str, TensorSpec] | None = None

@@ -48,6 +48,7 @@ class Output(NamedTuple):
     sink: FileSink
     published: Sequence[Atomic]
     noted: Callable[[str], list[Template]] | None = None
+    proved: Callable[[], None] | None = None
 
     def note(self, record: str) -> None:
         """Write another record, of the same length, where the output has one."""
@@ -62,6 +63,8 @@ class Output(NamedTuple):
             if template.finish is not None:
                 with file.failures():
                     template.finish(file.descriptor)
+        if self.proved is not None:
+            self.proved()
 
     def sync(self, *, overwrite: bool) -> None:
         """Make the files durable, still under their temporary names."""
@@ -149,7 +152,50 @@ def planned(
         for made in published:
             if isinstance(made, AtomicFolder):
                 _carry(plan, beside(reference.path), made)
-        yield Output(files, templates, sink, published, noted)
+        proved: Callable[[], None] | None = None
+        if plan.patches and row.isolable:
+            proved = functools.partial(_prove, plan, reference, row, files, templates)
+        yield Output(files, templates, sink, published, noted, proved)
+
+
+def _prove(
+    plan: Plan,
+    reference: Checkpoint,
+    row: Format,
+    files: Sequence[NewFile],
+    templates: Sequence[Template],
+) -> None:
+    """Raise an error unless the tensors of an output are to be found where they were written.
+
+    In HDF5 nothing says where the structure lies. The numbers of a hostile file may lie over it,
+    and other ones in their place spoil it.
+    """
+    assert reference.look is not None  # it was opened here
+    found: dict[str, TensorSpec] = {}
+    alone = len(files) == 1
+    for file in files if alone else files[1:]:
+        try:
+            index = reference.look(row.name if alone else "keras-weights", file.temporary)
+        except CheckpointFormatError as error:
+            raise _spoilt(reference, str(error).replace(file.temporary, file.path)) from error
+        found |= {spec.name: spec for spec in (*index.tensors, *index.others)}
+    for decision in plan.decisions:
+        made, output = found.get(decision.spec.name), decision.output
+        if made is None or (made.dtype, made.shape) != (output.dtype, output.shape):
+            raise _spoilt(reference, f"{output.name} is not in the output as it should be")
+    for template in templates if templates[0].in_place else ():
+        for name, spec in template.targets.items():
+            place, written = found[name].extent, spec.extent
+            if place is None or written is None or place[1:] != written[1:]:
+                raise _spoilt(reference, f"{name} would be read from elsewhere")
+
+
+def _spoilt(reference: Checkpoint, why: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"{reference.path}: its numbers lie over its own structure, so that an average of them in "
+        f"their place cannot be read ({why}); nothing was written",
+        path=reference.path,
+    )
 
 
 def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:

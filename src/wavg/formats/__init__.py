@@ -23,6 +23,7 @@ Modules are imported when first needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -180,13 +181,8 @@ def _open_file(
     if opaque_dtype not in (None, "bfloat16"):
         raise ValueError(f"opaque_dtype must be 'bfloat16' or None, not {opaque_dtype!r}")
     row = _detect(path)
-    index: Index
-    if isolate and row.isolable:
-        from wavg.formats import isolated
-
-        index = isolated.read_index(row.module, path, opaque_dtype=opaque_dtype)
-    else:
-        index = load_module(row.name).read_index(path, opaque_dtype=opaque_dtype, like=like)
+    look = functools.partial(_look, opaque_dtype=opaque_dtype, isolate=isolate)
+    index = look(row.name, path, like=like)
     if like is not None:
         index = dataclasses.replace(
             index,
@@ -194,9 +190,33 @@ def _open_file(
             others=like.others if index.others == like.others else index.others,
             metadata=like.metadata if index.metadata == like.metadata else index.metadata,
         )
-    if row.isolable and all(spec.extent is not None for spec in index.tensors):
-        return Checkpoint(index)  # without h5py, which an isolated index spares this process
-    return Checkpoint(index, getattr(load_module(index.format), "block_reader", None))
+    block_reader = None
+    if not row.isolable or any(spec.extent is None for spec in index.tensors):
+        # Else without h5py, which an isolated index spares this process.
+        block_reader = getattr(load_module(index.format), "block_reader", None)
+    checkpoint = Checkpoint(index, block_reader)
+    checkpoint.look = look
+    return checkpoint
+
+
+def _look(
+    name: str,
+    path: str,
+    *,
+    opaque_dtype: str | None,
+    isolate: bool,
+    like: Index | None = None,
+) -> Index:
+    """Return the index of a file of the format of that name."""
+    row = _row(name)
+    index: Index
+    if isolate and row.isolable:
+        from wavg.formats import isolated
+
+        index = isolated.read_index(row.module, path, opaque_dtype=opaque_dtype)
+    else:
+        index = load_module(name).read_index(path, opaque_dtype=opaque_dtype, like=like)
+    return index
 
 
 def is_checkpoint_name(path: str) -> bool:
