@@ -30,6 +30,7 @@ import io
 import itertools
 import json
 import random
+import re
 import struct
 import sys
 import types
@@ -137,6 +138,7 @@ REFUSED = {
     "members that overlap": "a bomb",
     "bytes behind the numbers": "NumPy passes over them, and does not check the member's CRC-32",
     "True or False in a shape": "no number",
+    "a dtype by another name": "float32 for <f4; NumPy writes none",
     "a header that NumPy mends": "3L, as Python 2 wrote 3, and other text that is no literal",
     "bytes in front of the archive": "its first bytes do not tell that it is one",
     "a first member of a .keras archive": "it is taken for one",
@@ -226,6 +228,8 @@ def _odd_member(info: zipfile.ZipInfo, header: tuple[int, ...], data: bytes) -> 
         descr = fields["descr"]
         if not isinstance(descr, str) or np.dtype(descr).subdtype:
             yield NO_NUMBERS
+        elif not re.fullmatch(r"[<>|=]?[biufc?]\d{0,2}", descr):
+            yield "a dtype by another name"
 
 
 # --- the judgement --------------------------------------------------------------------------------
