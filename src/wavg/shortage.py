@@ -10,6 +10,9 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
+_NO_REASON = (
+    r"without (setting an exception|exception set)|^\[digital envelope routines\]"  # OpenSSL
+)
 _NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
 
@@ -32,8 +35,8 @@ def shortages() -> Iterator[None]:
             f"out of memory{why}; max_memory and workers (--max-memory, --workers) bound what "
             "averaging takes"
         ) from error
-    except SystemError as error:
-        if not re.search("without (setting an exception|exception set)", str(error)):
+    except (SystemError, ValueError) as error:
+        if isinstance(error, WavgError) or not re.search(_NO_REASON, str(error)):
             raise
         raise OutOfMemoryError(
             f"a library failed and gave no reason, as for lack of memory ({error})"
