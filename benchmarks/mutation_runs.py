@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -129,6 +130,7 @@ def run(
     with ProcessPoolExecutor(workers) as pool:
         for tally in pool.map(function, [seed] * len(sizes), range(len(sizes)), sizes):
             total.add(tally)
+            print(f"{sum(total.kinds.values()):,}", end="\r", file=sys.stderr, flush=True)
             for line in tally.wrong:
                 print(f"AGAINST THE RULES: {line}", flush=True)
     return {
