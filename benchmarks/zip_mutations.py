@@ -140,7 +140,7 @@ REFUSED = {
     "a stored member of two sizes": "the zip library takes one for the other",
     "a CRC-32 in its own header that is not that of the directory": "one of them is wrong",
     "another name in its own header": "the same bytes by another encoding",
-    "members that overlap": "a bomb",
+    "members that overlap, or the directory": "a bomb; and new numbers would go over other bytes",
     "bytes behind the numbers": "NumPy passes over them, and does not check the member's CRC-32",
     "a dtype by another name": "float32 for <f4; NumPy writes none",
     "a header that NumPy mends": "3L, as Python 2 wrote 3, and other text that is no literal",
@@ -167,18 +167,18 @@ def oddities(path: Path, values: dict[str, Any]) -> list[str]:
             found.add("a name twice")
         if {f"{name}.npy" for name in names} & set(names):
             found.add("names that NumPy takes for each other")
-        spans = []
+        spans = [(archive.start_dir, len(content))]
         for info in infos:
             if info.header_offset + 30 > len(content):
                 found.add(DAMAGED)
                 continue
             header = struct.unpack_from("<HHIIIIHH", content, info.header_offset + 6)
             start = info.header_offset + 30 + header[6] + header[7]
-            spans.append((start, start + info.compress_size))
+            spans.append((info.header_offset, start + info.compress_size))
             found |= set(_odd_member(info, header, content[start:]))
     spans.sort()
     if any(first[1] > second[0] for first, second in itertools.pairwise(spans)):
-        found.add("members that overlap")
+        found.add("members that overlap, or the directory")
     if not content.startswith(b"PK"):
         found.add("bytes in front of the archive")
     if content[30:].startswith((b"metadata.json", b"config.json", b"model.weights.h5")):
@@ -228,7 +228,7 @@ def _odd_member(info: zipfile.ZipInfo, header: tuple[int, ...], data: bytes) -> 
         descr = fields["descr"]
         if not isinstance(descr, str) or np.dtype(descr).subdtype:
             yield NO_NUMBERS
-        elif not re.fullmatch(r"[<>|=]?[biufc?]\d{0,2}", descr):
+        elif not re.fullmatch(r"[<|=]?([iu][1248]|f[248]|c8|c16|b1)", descr):
             yield "a dtype by another name"
 
 
