@@ -150,8 +150,9 @@ REFUSED = {
 PLAIN = "fiub"
 
 
-def is_plain(array: Any) -> bool:
-    dtype = getattr(array, "dtype", None)
+def is_plain(value: Any) -> bool:
+    """Whether an array, or a dtype, is of plain numbers."""
+    dtype = value if isinstance(value, np.dtype) else getattr(value, "dtype", None)
     if dtype is None or dtype.kind not in PLAIN + "c" or dtype.byteorder == ">":
         return False
     return dtype.itemsize <= (16 if dtype.kind == "c" else 8)
@@ -228,7 +229,9 @@ def _odd_member(info: zipfile.ZipInfo, header: tuple[int, ...], data: bytes) -> 
         descr = fields["descr"]
         if not isinstance(descr, str) or np.dtype(descr).subdtype:
             yield NO_NUMBERS
-        elif not re.fullmatch(r"[<|=]?([iu][1248]|f[248]|c8|c16|b1)", descr):
+        elif is_plain(np.dtype(descr)) and not re.fullmatch(
+            r"[<|=]?([iu][1248]|f[248]|c8|c16|b1)", descr
+        ):
             yield "a dtype by another name"
 
 
