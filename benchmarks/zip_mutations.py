@@ -127,26 +127,26 @@ def same(mine: Arrays, theirs: dict[str, Any]) -> str:
 KERAS_FIRST = "a first member of a .keras archive"
 NO_NUMBERS = "text, dates, structures, numbers of another byte order or width"
 DAMAGED = "a member that is not read is damaged"
-REFUSED = {
-    "a member that is no array": "NumPy gives its bytes",
-    NO_NUMBERS: "they are not averaged",
-    "a member longer than the file": "cut off",
-    DAMAGED: "damage is told wherever it is",
-    "a name twice": "NumPy gives the last for both",
-    "names that NumPy takes for each other": "x.npy is the array x, and the name of x.npy.npy",
-    "an unsafe name": "outside of the folder in which it is unpacked",
-    "another compression than deflate": "Keras and NumPy write none",
-    "more than 100 times its size": "a bomb",
-    "a stored member of two sizes": "the zip library takes one for the other",
-    "a CRC-32 in its own header that is not that of the directory": "one of them is wrong",
-    "another name in its own header": "the same bytes by another encoding",
-    "members that overlap, or the directory": "a bomb; and new numbers would go over other bytes",
-    "bytes behind the numbers": "NumPy passes over them, and does not check the member's CRC-32",
-    "a dtype by another name": "float32 for <f4; NumPy writes none",
-    "a header that NumPy mends": "3L, as Python 2 wrote 3, and other text that is no literal",
-    "bytes in front of the archive": "its first bytes do not tell that it is one",
-    KERAS_FIRST: "it is taken for one",
-}
+REFUSED = (
+    "a member that is no array",
+    NO_NUMBERS,
+    "a member longer than the file",
+    DAMAGED,
+    "a name twice",
+    "names that NumPy takes for each other",
+    "an unsafe name",
+    "another compression than deflate",
+    "more than 100 times its size",
+    "a stored member of two sizes",
+    "a CRC-32 in its own header that is not that of the directory",
+    "another name in its own header",
+    "members that overlap, or the directory",
+    "bytes behind the numbers",
+    "a dtype by another name",
+    "a header that NumPy mends",
+    "bytes in front of the archive",
+    KERAS_FIRST,
+)
 PLAIN = "fiub"
 
 
