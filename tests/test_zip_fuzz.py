@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import collections
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -14,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import wavg
 from wavg import CheckpointFormatError, OutputError
@@ -89,6 +94,55 @@ def test_the_recorded_script_finds_nothing(count, archives):
     figures = json.loads(done.stdout)
     assert figures[".npz"]["accepted by both"] > count / 5
     assert figures["zips of .keras"]["accepted by both"] > archives / 5
+
+
+descrs = st.sampled_from(["'<f4'", "'<u2'", "'|u1'", "'<f8'", "'>f4'", "'|O'", "'<c8'", "'|V2'"])
+names = st.sampled_from(["bfloat16", "float8_e4m3fn", "float32", "a", ""])
+pairs = st.tuples(names, st.sampled_from(["<u2", "|u1", "<u4", ">u2", "<f4"]))
+structures = st.lists(pairs | st.tuples(names, st.just("<u2"), st.just((2,))), max_size=2).map(repr)
+numbers = st.integers(-1, 4) | st.sampled_from([2**31, 2**62, 2**63, 2**64, True, 1.0, None])
+sizes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+shapes = st.lists(numbers, max_size=3).map(tuple) | st.lists(numbers, max_size=2) | numbers
+values = {
+    "descr": descrs | descrs | structures,
+    "fortran_order": st.sampled_from(["True", "False", "False", "1", "None"]),
+    "shape": (sizes | sizes | shapes).map(repr),
+}
+
+
+@st.composite
+def headers(draw):
+    """The text of a header: three fields in any order, sometimes fewer, more or of other values."""
+    keys = draw(st.permutations(list(values)))[: draw(st.sampled_from([3, 3, 3, 3, 2]))]
+    fields = [f"{key!r}: {draw(values[key])}" for key in keys]
+    if draw(st.integers(0, 9)) == 0:
+        fields.append(draw(st.sampled_from(["'more': 1", "'shape': (1,)", "1: 2", "**{}"])))
+    return "{" + ", ".join(fields) + draw(st.sampled_from(["}", ", }", ",}\n", "} "]))
+
+
+def bytes_of(header):
+    """Return how many bytes of numbers a header asks for; none where it is not sound, or huge."""
+    try:
+        fields = ast.literal_eval(header)
+        dtype = np.lib.format.descr_to_dtype(fields["descr"])
+        return len(bytes(min(10_000, math.prod(fields["shape"]) * dtype.itemsize)))
+    except Exception:
+        return 0
+
+
+@pytest.mark.parametrize("examples", [80, pytest.param(3_000, marks=pytest.mark.slow)])
+def test_numpy_agrees_on_headers(judged, examples):
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(headers(), st.sampled_from([0, 0, 0, 1]), st.sampled_from([zipfile.ZIP_STORED, 8]))
+    def check(header, more, method):
+        data = os.urandom(bytes_of(header) + more)
+        tally = judged(npz({"a.npy": npy(header, data)}, method))
+        assert not tally.wrong
+        counts.update(tally.counts)
+
+    counts = collections.Counter()
+    check()
+    assert min(counts["accepted by both"], counts["refused by both"]) > examples / 30
 
 
 def test_mutants_are_the_same_for_the_same_seed(script):
