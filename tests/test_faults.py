@@ -619,11 +619,8 @@ def test_a_library_that_gives_no_reason_is_taken_to_lack_memory(error):
         "injected.py FOLDER --allocations --most 60 --formats safetensors,.h5",
         "truncations.py FOLDER --step 11 --cuts 100 --changes 20",
         "bombs.py FOLDER",
-<<<<<<< HEAD
         "concurrent_runs.py FOLDER --rounds 12",
-=======
         "hdf5_mutations.py FOLDER --count 200 --parts 100 --plain-every 50 --workers 1",
->>>>>>> 87c1cf4 (Archives of any kind are compared with NumPy in the everyday tests, and each finding is one of them)
     ],
 )
 def test_the_scripts_find_nothing_bad(tmp_path, arguments):

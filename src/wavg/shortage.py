@@ -10,9 +10,8 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
-_NO_REASON = (
-    r"without (setting an exception|exception set)|^\[digital envelope routines\]"  # OpenSSL
-)
+# What Python says of a library that gave none, and OpenSSL, which makes digests, of itself.
+_NO_REASON = r"without (setting an exception|exception set)|^\[digital envelope routines\]"
 _NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
 
