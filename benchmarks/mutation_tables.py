@@ -52,7 +52,7 @@ def unprotected() -> str:
             if name in ("index", "walk", "isolated", "isolated processes that"):
                 counts[name].update(outcomes)
     isolated = counts.pop("isolated").total()
-    ended = counts.pop("isolated processes that")
+    ended = counts.pop("isolated processes that", collections.Counter())
     names = {"index": "wavg's index, unprotected", "walk": "a walk by h5py, unprotected"}
 
     def rows() -> Iterator[str]:
