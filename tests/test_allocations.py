@@ -47,7 +47,7 @@ KINDS = ["safetensors", "folder of safetensors", ".h5", ".h5 written anew", ".we
 KINDS += [".keras", ".keras written anew", ".weights.json", ".npz"]
 
 
-@pytest.mark.parametrize("most", [5, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [3, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_whichever_array_gets_no_memory_the_old_output_stands(tmp_path, runs, name, most):
     small = runs.Small(next(kind for kind in runs.KINDS if kind.name == name), tmp_path / "run")

@@ -42,14 +42,14 @@ def trial(script, tmp_path):
 def test_mutants_give_an_index_or_a_typed_error(script, trial, part):
     rng = random.Random(f"everyday {part}")
     bases = getattr(script, part)()
-    for number in range(1, 61):
+    for number in range(1, 31):
         base = bases[number % len(bases)]
         trial.one(number, base, base.mutant(rng))
     counts = trial.found.counts["isolated"]
     assert counts.keys() <= {"accepted", "error"}
-    assert counts["error"] > 10
-    assert counts["accepted"] > 2
-    assert (trial.found.good, trial.found.spoilt) == (3, 0)
+    assert counts["error"] > 5
+    assert counts["accepted"] > 1
+    assert (trial.found.good, trial.found.spoilt) == (1, 0)
 
 
 def test_what_is_no_damage_is_read(script, trial):

@@ -77,7 +77,7 @@ GOOD = npz(a=np.float32([[1, 2], [3, 4]]), b=np.arange(3))
 
 
 @pytest.mark.parametrize(
-    ("count", "archives"), [(600, 200), pytest.param(30_000, 10_000, marks=pytest.mark.slow)]
+    ("count", "archives"), [(400, 100), pytest.param(30_000, 10_000, marks=pytest.mark.slow)]
 )
 def test_the_recorded_script_finds_nothing(count, archives):
     command = [sys.executable, str(BENCHMARKS / "zip_mutations.py"), "--no-record"]
