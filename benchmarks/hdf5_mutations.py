@@ -1,15 +1,21 @@
 """What damaged HDF5 files do to the HDF5 library, and what reading them in isolation makes of it.
 
-Mutates the real Keras files of tests/golden, mostly outside of their numbers, and has each mutant
+Mutates the real Keras files of tests/golden, mostly outside of their numbers, the file of weights
+and the texts in archives that are sound otherwise, and sharded weights. Each mutant is
 
-- indexed in a sacrificial process that calls the format's ``read_index`` itself,
-- walked by plain h5py in another, which visits every object, attribute and dataset, and
-- indexed by `wavg.formats.isolated`, which must always give an index or a `CheckpointFormatError`.
+- indexed by `wavg.formats.isolated`, and its numbers are read where that gave an index: always an
+  index or a `CheckpointFormatError`, and numbers or that error.
+
+Every nineteenth (`--plain-every`) is also
+
+- indexed in a sacrificial process that calls the format's ``read_index`` itself, and
+- walked by plain h5py in another, which visits every object, attribute and dataset.
 
 A crash counts only if it also ends a new process. Between the mutants a good file is read by the
 isolated process, which an earlier file must not have spoilt. Usage::
 
-    python benchmarks/hdf5_mutations.py FOLDER [--count 6000] [--seed 0] [--recipes PATH]
+    python benchmarks/hdf5_mutations.py FOLDER [--count 80000] [--parts 30000] [--plain-every 19]
+        [--seed 0] [--workers 2] [--recipes PATH] [--no-record]
 
 Writes results/hdf5_mutations.json, and with --recipes the base and the edits of every mutant that
 crashed h5py, and of a few that kept it busy, with as few edits as do it.
@@ -20,107 +26,40 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from common import record
+from hdf5_mutants import Base, Mutant, parts, whole_files
 
-import wavg
-from wavg.checkpoint import Index
+from wavg.checkpoint import Checkpoint, Index
 from wavg.errors import CheckpointFormatError
-from wavg.extents import complement
 from wavg.formats import FORMATS, isolated, load_module
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
-ENDINGS = (".h5", ".weights.h5", ".keras")
 MODULES = {row.name: row.module for row in FORMATS if row.isolable}
 CPU_SECONDS = 1  # a good file takes 0.01
+WALL_SECONDS = 60
+CHUNK = 500
 EXCESS = 512 << 20  # bytes more than before that count as excessive
 ROOM = 2 << 30  # bytes a sacrificial process may have more
 GOOD_EVERY = 20
-BUSY_RECIPES = 5
-LONG_SECONDS = 10  # given once more to the first so many that took over CPU_SECONDS
-LONG_COUNT = 20
-INTERESTING = (0, 1, 2, 3, 7, 8, 16, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0xFFFF, 1 << 20, 0x7FFFFFFF)
+BUSY_RECIPES = 1  # of a chunk
+LONG_SECONDS = 5  # given once more to the first of a chunk that took over CPU_SECONDS
+HDF5 = b"\x89HDF"
 
 FELL = "isolated, where the index in-process crashed or went over time"
-LONGER = f"of the first {LONG_COUNT} indexes over time, given {LONG_SECONDS} s"
-
-
-class Mutant(NamedTuple):
-    """A file's damage: bytes written over it, and where it is cut off."""
-
-    base: str
-    edits: tuple[tuple[int, str], ...]
-    length: int | None = None
-
-    def content(self) -> bytes:
-        data = bytearray((GOLDEN / self.base).read_bytes())
-        for offset, text in self.edits:
-            new = bytes.fromhex(text)
-            data[offset : offset + len(new)] = new
-        return bytes(data[: self.length])
-
-
-class Base:
-    """A good file, and the places in it that are worth damaging."""
-
-    def __init__(self, path: Path) -> None:
-        self.name, self.path, self.data = path.name, path, path.read_bytes()
-        with wavg.open_checkpoint(path) as checkpoint:
-            self.index = checkpoint.index
-        self.format = self.index.format
-        self.ending = next(end for end in ENDINGS[::-1] if self.name.endswith(end))
-        specs = (*self.index.tensors, *self.index.others)
-        outside = complement(len(self.data), [spec.extent for spec in specs if spec.extent])
-        self.places = [
-            place
-            for (_, offset, length), _ in outside
-            for place in range(offset, offset + length)
-            if any(self.data[max(0, place - 4) : place + 5])  # most of the rest is zeros
-        ]
-        texts = re.finditer(rb"[ -~]{40,}", self.data)  # configurations; harmless to change
-        dull = {place for text in texts for place in range(*text.span())}
-        self.places = [place for place in self.places if place not in dull] or self.places
-        names = re.finditer(rb"(?:_names|keras_version|backend|\0name)\0", self.data)
-        types = {place for name in names for place in range(name.start() - 28, name.end() + 48)}
-        self.types = sorted(types) or self.places
-
-    def mutant(self, rng: random.Random) -> Mutant:
-        edits = [self._edit(rng) for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 16, 32)))]
-        length = rng.randrange(len(self.data)) if rng.random() < 0.03 else None
-        return Mutant(self.name, tuple(edits), length)
-
-    def _edit(self, rng: random.Random) -> tuple[int, str]:
-        within = rng.choices((self.places, self.types, range(len(self.data))), (80, 15, 5))[0]
-        place = rng.choice(within)
-        kind = rng.choice(("flip", "byte", "integer", "integer", "address", "copy", "zeros"))
-        if kind == "flip":
-            new = bytes([self.data[place] ^ 1 << rng.randrange(8)])
-        elif kind == "byte":
-            new = rng.randbytes(1)
-        elif kind == "copy":
-            source = rng.choice(self.places)
-            new = self.data[source : source + rng.choice((2, 4, 8, 16, 64, 256))]
-        elif kind == "zeros":
-            new = bytes(rng.choice((1, 2, 4, 8, 16)))
-        else:
-            width = rng.choice((1, 2, 4, 8))
-            value = (
-                rng.choice(INTERESTING) * rng.choice((1, -1))
-                if kind == "integer"
-                else rng.choice(self.places) & ~7
-            )
-            place = place & ~(width - 1)  # HDF5's fields are mostly aligned
-            new = (value % (1 << 8 * width)).to_bytes(width, "little")
-        return place, new[: len(self.data) - place].hex()
+LONGER = f"of some indexes over time, given {LONG_SECONDS} s"
 
 
 def walk(path: str) -> None:
@@ -217,14 +156,130 @@ class Sacrifice:
 
 
 def isolated_outcome(reader: isolated.Reader, kind: str, path: Path) -> tuple[str, str]:
-    """Return whether reading gave an index or a typed error, and its message."""
+    """Return whether reading gave an index and numbers, or a typed error, and its message."""
     try:
         index = reader.read_index(MODULES[kind], str(path))
+        if not isinstance(index, Index):
+            return "nonsense", ""
+        if all(spec.extent is not None for spec in index.tensors):
+            with Checkpoint(index) as checkpoint:
+                for tensor in checkpoint.values():
+                    tensor.read()
     except CheckpointFormatError as error:
         return "error", str(error)
     except Exception as error:
         return f"untyped {type(error).__name__}", str(error)
-    return ("accepted" if isinstance(index, Index) else "nonsense"), ""
+    return "accepted", ""
+
+
+EXPECTED = ("accepted", "error")
+ENDS = {"crashed": "the HDF5 library crashed", "over time": "reading it took more than"}
+
+
+def end_of(message: str) -> str:
+    """Return how the isolated process ended, if it did."""
+    return next((name for name, text in ENDS.items() if text in message), "")
+
+
+@dataclass
+class Found:
+    """What came of some mutants: plain data, which another process can be sent."""
+
+    counts: dict[str, collections.Counter] = field(
+        default_factory=lambda: collections.defaultdict(collections.Counter)
+    )
+    disagreeing: list = field(default_factory=list)
+    recipes: list[dict] = field(default_factory=list)
+    good: int = 0
+    spoilt: int = 0
+    slowest: float = 0.0
+
+    def add(self, other: Found) -> None:
+        for name, counter in other.counts.items():
+            self.counts[name] += counter
+        self.disagreeing += other.disagreeing
+        self.recipes += other.recipes
+        self.good += other.good
+        self.spoilt += other.spoilt
+        self.slowest = max(self.slowest, other.slowest)
+
+
+class Trial:
+    """Mutants of some files, one after the other, and what came of them.
+
+    Every `plain_every`-th is also given to unprotected processes.
+    """
+
+    def __init__(self, folder: Path, plain_every: int, recipes: bool) -> None:
+        self.folder, self.plain_every, self.recipes = folder, plain_every, recipes
+        self.plain = {name: Sacrifice() for name in ("index", "walk")}
+        self.patient = Sacrifice(LONG_SECONDS)
+        self.reader = isolated.Reader(isolated.Limits(cpu=CPU_SECONDS, wall=WALL_SECONDS))
+        self.found = Found()
+
+    def close(self) -> None:
+        for sacrifice in (*self.plain.values(), self.patient):
+            sacrifice.close()
+        self.reader.close()
+
+    def one(self, number: int, base: Base, mutant: Mutant) -> None:
+        """Try one mutant; now and then a good file after it."""
+        path = mutant.write(self.folder)
+        start = time.perf_counter()
+        outcome, message = isolated_outcome(self.reader, base.format, path)
+        found, counts = self.found, self.found.counts
+        found.slowest = max(found.slowest, time.perf_counter() - start)
+        counts["isolated"][outcome] += 1
+        counts["of"][f"{base.name}: {base.part}" if base.part else base.name] += 1
+        if end := end_of(message):
+            counts["isolated processes that"][end] += 1
+        if outcome not in EXPECTED:
+            print(f"AGAINST THE RULES: {mutant} {outcome} {message}", flush=True)
+        if number % self.plain_every == 0:
+            self._unprotected(number, base, mutant, outcome, message)
+        if number % GOOD_EVERY == 0:
+            found.good += 1
+            again = self.reader.read_index(MODULES[base.format], str(base.path))
+            found.spoilt += again != base.index
+
+    def _plainly(self, name: str, base: Base, mutant: Mutant) -> str:
+        """Have a mutant indexed or walked by an unprotected process."""
+        path = mutant.write(self.folder)
+        if name == "walk":
+            path = self.folder / "walked.h5"
+            path.write_bytes(mutant.content())
+        return self.plain[name]("walk" if name == "walk" else base.format, path)
+
+    def _unprotected(
+        self, number: int, base: Base, mutant: Mutant, outcome: str, message: str
+    ) -> None:
+        counts = self.found.counts
+        names = ("index", "walk") if mutant.content().startswith(HDF5) else ("index",)
+        outcomes = {name: self._plainly(name, base, mutant) for name in names}
+        for name, each in outcomes.items():
+            counts[name][each] += 1
+        fell = {name: plain_outcome(outcomes[name]) for name in names}
+        outcomes["isolated"] = outcome
+        if not any(fell.values()):
+            if outcome != outcomes["index"]:
+                self.found.disagreeing.append([number, outcomes, message[-200:]])
+            return
+        print(f"{number}: {outcomes} {message[:100]}", flush=True)
+        if fell["index"]:
+            counts[FELL][outcome] += 1
+        if fell["index"] == "over" and not counts[LONGER]:
+            counts[LONGER][self.patient(base.format, mutant.write(self.folder))] += 1
+        name = "index" if fell["index"] else "walk"
+        if fell.get("walk") == "crash" and fell["index"] != "crash":
+            name = "walk"
+
+        def still(smaller: Mutant) -> bool:
+            return plain_outcome(self._plainly(name, base, smaller)) == fell[name]
+
+        recipes = self.found.recipes
+        if self.recipes and (fell[name] == "crash" or len(recipes) < BUSY_RECIPES):
+            smallest = reduced(mutant, still)
+            recipes.append({"by": name, "does": outcomes[name], **smallest._asdict()})
 
 
 def reduced(mutant: Mutant, still: Callable[[Mutant], bool]) -> Mutant:
@@ -245,76 +300,76 @@ def reduced(mutant: Mutant, still: Callable[[Mutant], bool]) -> Mutant:
     return mutant
 
 
-def main() -> None:
+def chunk(folder: Path, part: str, seed: int, number: int, count: int, options: dict) -> Found:
+    """Try so many mutants, of whole files or of parts, in a process of their own."""
+    bases = whole_files() if part == "whole" else parts()
+    rng = random.Random(f"{part} {seed} {number}")
+    own = folder / f"{part}_{number}"
+    own.mkdir(parents=True, exist_ok=True)
+    trial = Trial(own, **options)
+    for place in range(count):
+        base = bases[(number * CHUNK + place) % len(bases)]
+        trial.one(number * CHUNK + place, base, base.mutant(rng))
+    trial.close()
+    shutil.rmtree(own)
+    return trial.found
+
+
+def figures_of(part: str, options: argparse.Namespace) -> dict:
+    """Try all mutants of one part, and return what came of them."""
+    count = options.count if part == "whole" else options.parts
+    sizes = [min(CHUNK, count - done) for done in range(0, count, CHUNK)]
+    how = {"plain_every": options.plain_every, "recipes": options.recipes is not None}
+    ask = functools.partial(chunk, options.folder, part, options.seed, options=how)
+    total, start = Found(), time.perf_counter()
+    with ProcessPoolExecutor(options.workers) as pool:
+        for found in pool.map(ask, range(len(sizes)), sizes):
+            total.add(found)
+            print(f"{part}: {total.counts['isolated'].total():,}", flush=True)
+    if options.recipes:
+        with open(options.recipes, "a") as file:
+            file.write(json.dumps(total.recipes, indent=1) + "\n")
+    return {
+        "mutants": count,
+        "seed": options.seed,
+        **{name: dict(counter.most_common()) for name, counter in sorted(total.counts.items())},
+        "otherwise different in isolation": total.disagreeing,
+        "good files read between": total.good,
+        "good files read wrongly": total.spoilt,
+        "slowest_seconds": total.slowest,
+        "seconds": time.perf_counter() - start,
+        "workers": options.workers,
+    }
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--count", type=int, default=80_000, help="mutants of whole files")
+    parser.add_argument("--parts", type=int, default=30_000, help="mutants of parts")
+    parser.add_argument("--plain-every", type=int, default=19, help="of them also unprotected")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recipes", type=Path, metavar="PATH")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--recipes", type=Path, metavar="PATH", help="of mutants that crash h5py")
+    parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    bases = [Base(path) for end in ENDINGS for path in sorted(GOLDEN.glob(f"*_1{end}"))]
-    rng = random.Random(options.seed)
-    plain = {name: Sacrifice() for name in ("index", "walk")}
-    reader = isolated.Reader(isolated.Limits(cpu=CPU_SECONDS, wall=60))
-    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    recipes, spoilt, disagreeing = [], 0, []
-    patient = Sacrifice(LONG_SECONDS)
-    for number in range(options.count):
-        base = bases[number % len(bases)]
-        mutant = base.mutant(rng)
-        path = options.folder / f"mutant{base.ending}"
-        path.write_bytes(mutant.content())
-        does = {"index": base.format, "walk": "walk"}
-        outcomes = {name: run(does[name], path) for name, run in plain.items()}
-        outcomes["isolated"], message = isolated_outcome(reader, base.format, path)
-        for name, outcome in outcomes.items():
-            counts[name][outcome] += 1
-        fell = {name: plain_outcome(outcomes[name]) for name in plain}
-        if any(fell.values()):
-            print(f"{number}: {outcomes} {message[:100]}", flush=True)
-            if fell["index"]:
-                counts[FELL][outcomes["isolated"]] += 1
-            longer = counts[LONGER]
-            if fell["index"] == "over" and longer.total() < LONG_COUNT:
-                longer[patient(base.format, path)] += 1
-            name = "index" if fell["index"] else "walk"
-            if fell["walk"] == "crash" and fell["index"] != "crash":
-                name = "walk"
-
-            def still(smaller: Mutant) -> bool:
-                path.write_bytes(smaller.content())  # noqa: B023 - it is used up in this turn
-                return plain_outcome(plain[name](does[name], path)) == fell[name]  # noqa: B023
-
-            busy = sum(recipe["does"] == "over time" for recipe in recipes)
-            if options.recipes and (fell[name] == "crash" or busy < BUSY_RECIPES):
-                smallest = reduced(mutant, still)
-                recipes.append({"by": name, "does": outcomes[name], **smallest._asdict()})
-                options.recipes.write_text(json.dumps(recipes, indent=1) + "\n")
-        elif outcomes["isolated"] != outcomes["index"]:
-            disagreeing.append([number, outcomes, message.removeprefix(f"{path}: ")[:200]])
-        if number % GOOD_EVERY == 0:
-            spoilt += reader.read_index(MODULES[base.format], str(base.path)) != base.index
-    for sacrifice in (*plain.values(), patient):
-        sacrifice.close()
-    reader.close()
-    for end in ENDINGS:
-        (options.folder / f"mutant{end}").unlink(missing_ok=True)
     import h5py
 
     figures = {
-        "mutants": options.count,
-        "seed": options.seed,
-        "of": [base.name for base in bases],
         "hdf5": h5py.version.hdf5_version,
         "cpu_seconds": CPU_SECONDS,
-        **{name: dict(counter.most_common()) for name, counter in counts.items()},
-        "otherwise different in isolation": disagreeing,
-        "good files read between": -(-options.count // GOOD_EVERY),
-        "good files read wrongly": spoilt,
+        **{part: figures_of(part, options) for part in ("whole", "parts")},
     }
     print(json.dumps(figures, indent=2))
-    record("hdf5_mutations", "inputs in the page cache", figures)
+    if not options.no_record:
+        record("hdf5_mutations", "inputs in the page cache", figures)
+    wrong = 0
+    for part in ("whole", "parts"):
+        found = figures[part]
+        wrong += found["good files read wrongly"]
+        outcomes = found.get("isolated", {})
+        wrong += sum(number for name, number in outcomes.items() if name not in EXPECTED)
+    return int(wrong > 0)
 
 
 def plain_outcome(outcome: str) -> str:
@@ -324,4 +379,4 @@ def plain_outcome(outcome: str) -> str:
 
 
 if __name__ == "__main__":
-    work() if sys.argv[1:] == ["--work"] else main()
+    sys.exit(work() if sys.argv[1:] == ["--work"] else main())

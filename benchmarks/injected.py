@@ -65,6 +65,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "read": (errno.EIO, errno.EINTR),
 }
 READS, MOST_READS = ("pread64", "preadv", "read"), 60  # of each, evenly spread
+PATIENCE = 10  # seconds; a run takes 0.05
 NEEDLESS = (errno.EINTR,)  # the system asks for the same call again, and gets it
 
 
@@ -195,7 +196,7 @@ def allocations(small: Small, library: ctypes.CDLL, most: int) -> dict:
     step = max(1, total // most) if most else 1
     for number in range(1, total + 1, step):
         child = small.begin(lambda number=number: library.failing_malloc_arm(number))
-        fate = ended(child, 20)
+        fate = ended(child, PATIENCE)
         state, strays = small.state()
         message = small.message()
         if fate.startswith(("killed", "hung", "exit code")) and state in ("old", "new"):

@@ -19,6 +19,7 @@ from pathlib import Path
 import digits_tables
 import fault_tables
 import founding_tables
+import mutation_tables
 from tabular import table
 
 ROOT = Path(__file__).parent.parent
@@ -188,73 +189,6 @@ def memory() -> str:
     )
 
 
-def mutations() -> str:
-    def rows() -> Iterator[str]:
-        for name, row in figures("safetensors_mutations").items():
-            if name == "largest":
-                continue
-            accepted = row["accepted by both"]
-            refused = row["refused by both"] + row.get("accepted by the reference alone", 0)
-            slowest = f"{row['slowest_seconds']:.2f} s"
-            memory = f"{row['memory_growth_bytes'] / 2**20:.0f} MiB"
-            yield (
-                f"safetensors: {name} | {row['count']:,} | {accepted:,} | {refused:,} | "
-                f"{row['against the rules']} | {slowest} | {memory}"
-            )
-        found = figures("hdf5_mutations")
-        accepted, refused = (found["isolated"][name] for name in ("accepted", "error"))
-        wrong = found["isolated"].keys() - {"accepted", "error"}
-        other = sum(found["isolated"][name] for name in wrong)
-        limit = f"limit of {found['cpu_seconds']} s"
-        yield (
-            f"Keras' files of HDF5 | {found['mutants']:,} | {accepted:,} | {refused:,} | {other} | "
-            f"{limit} | limit of 512 MiB"
-        )
-
-    return table(
-        "| mutants | accepted | refused as they should be | anything else | slowest | memory taken",
-        rows(),
-    )
-
-
-WHY_REFUSED = {
-    "a name twice": "one of the two would be lost without a word",
-    "another field besides dtype, shape and data_offsets": "it may say what the numbers mean, a "
-    "scale for example, and would be averaged past",
-    "a tensor as a list of its fields": "an accident of the reference's JSON library",
-    "a dtype as a table": "the same",
-    "more than 64 dimensions": "NumPy has no such array",
-    "an empty tensor of a shape too large": "NumPy has no such array",
-    "whitespace before the first brace": "the format begins with a brace, by which it is known",
-}
-
-
-def differences() -> str:
-    found = figures("safetensors_mutations")["headers"]["differences"]
-
-    def shown(text: str) -> str:
-        text = re.sub(r"\s", " ", text).rstrip().replace("|", "\\|")
-        return f"`{text if len(text) <= 72 else text[:71] + '…'}`"
-
-    return table(
-        "| headers | why wavg refuses it | the shortest",
-        (
-            f"{name} | {row['count']:,} | {WHY_REFUSED[name]} | {shown(row['example'])}"
-            for name, row in found.items()
-        ),
-    )
-
-
-def largest() -> str:
-    return table(
-        "100 MB of | time | memory",
-        (
-            f"{name} | {row['seconds']:.0f} s | {row['peak_bytes'] / 1e9:.1f} GB"
-            for name, row in figures("safetensors_mutations")["largest"].items()
-        ),
-    )
-
-
 def posthoc_run() -> str:
     found = figures("posthoc")
     first, second = found["tracked"]
@@ -334,15 +268,13 @@ TABLES: dict[str, Callable[[], str]] = {
         batchnorm,
         streaming,
         memory,
-        mutations,
-        differences,
-        largest,
         posthoc_run,
         posthoc,
         sweep,
     )
 }
-TABLES |= founding_tables.TABLES | digits_tables.TABLES | fault_tables.TABLES
+TABLES |= founding_tables.TABLES | digits_tables.TABLES
+TABLES |= fault_tables.TABLES | mutation_tables.TABLES
 
 
 def filled(text: str) -> str:

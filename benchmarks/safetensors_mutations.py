@@ -23,26 +23,19 @@ and ends the run with an error.
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
 import json
 import math
 import os
 import random
-import re
-import resource
-import signal
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from common import figures_of, record, run_process
 from mutants import BITS, METADATA, SHARDS, Mutant, damaged, make_shards, map_mutant, mutant
+from mutation_runs import Tally, run, verdict, watched
 
 from wavg.checkpoint import FileIdentity, Index
 from wavg.dtypes import lookup
@@ -52,8 +45,6 @@ from wavg.formats.safetensors import parsed
 from wavg.formats.safetensors_shards import read_index
 
 SECONDS = 2  # of processor time, one header; an ordinary one takes some 0.00003
-ROOM = 256 << 20  # bytes a worker may have more than at its start
-CHUNK = 2_000
 MOST_DIMENSIONS = 64
 TOO_LARGE = (1 << 63) - 100_000_008  # places in a file are numbers of 64 bits
 
@@ -61,31 +52,9 @@ TOO_LARGE = (1 << 63) - 100_000_008  # places in a file are numbers of 64 bits
 # --- what the two make of them --------------------------------------------------------------------
 
 
-class TimeUpError(BaseException):
-    """A header took too long."""
-
-
-def _time_up(*_: object) -> None:
-    raise TimeUpError
-
-
 def own_verdict(ask: Callable[[], Index]) -> tuple[Index | None, str, float]:
     """Return wavg's index, or none; why; and the time taken."""
-    start = time.perf_counter()
-    index, why = None, ""
-    signal.signal(signal.SIGPROF, _time_up)
-    try:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        index = ask()
-    except CheckpointFormatError as error:
-        why = str(error)
-    except TimeUpError:
-        why = "FAILED: over time"
-    except BaseException as error:
-        why = f"FAILED: {type(error).__name__} {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return index, why, time.perf_counter() - start
+    return verdict(ask, SECONDS, (CheckpointFormatError,))
 
 
 def index_of(file: Path) -> Index:
@@ -169,40 +138,6 @@ def ordinary(raw: bytes) -> tuple[bytes, list[str]]:
 
 def identity(raw: bytes, data: bytes) -> FileIdentity:
     return FileIdentity("mutant", 8 + len(raw) + len(data), 0, 0, 0)
-
-
-class Tally:
-    """Counts of outcomes, an example of each that matters, and the slowest."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.kinds: collections.Counter[str] = collections.Counter()
-        self.differences: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, str] = {}
-        self.wrong: list[str] = []
-        self.slowest = 0.0
-        self.grown = 0
-
-    def differ(self, reason: str, content: bytes) -> None:
-        self.differences[reason] += 1
-        shown = content.decode("utf-8", "backslashreplace")
-        if len(shown) < len(self.examples.get(reason, shown + "x")):
-            self.examples[reason] = shown
-
-    def fail(self, what: str, content: bytes) -> None:
-        self.counts["against the rules"] += 1
-        self.wrong.append(f"{what}: {content[:2000]!r}")
-
-    def add(self, other: Tally) -> None:
-        self.counts += other.counts
-        self.kinds += other.kinds
-        self.differences += other.differences
-        for reason, shown in other.examples.items():
-            if len(shown) < len(self.examples.get(reason, shown + "x")):
-                self.examples[reason] = shown
-        self.wrong += other.wrong[: max(0, 20 - len(self.wrong))]
-        self.slowest = max(self.slowest, other.slowest)
-        self.grown = max(self.grown, other.grown)
 
 
 def judge(tally: Tally, made: Mutant, file: Path, whole: bytes | None = None) -> None:
@@ -351,32 +286,10 @@ except wavg.CheckpointFormatError as error:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-
-
-@contextlib.contextmanager
-def _watched(tally: Tally) -> Iterator[Path]:
-    """Give a folder in memory; bound the time and the memory of what is done, and keep its peak."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _peak()
-    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    try:
-        with tempfile.TemporaryDirectory(dir=shared) as folder:
-            yield Path(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    tally.grown = _peak() - before
-
-
 def headers(seed: int, chunk: int, count: int) -> Tally:
     rng = random.Random(f"headers {seed} {chunk}")
     tally = Tally()
-    with _watched(tally) as folder:
+    with watched(tally) as folder:
         file = folder / "mutant.safetensors"
         for _ in range(count):
             made = mutant(rng)
@@ -388,38 +301,11 @@ def headers(seed: int, chunk: int, count: int) -> Tally:
 def maps(seed: int, chunk: int, count: int) -> Tally:
     rng = random.Random(f"maps {seed} {chunk}")
     tally = Tally()
-    with _watched(tally) as folder:
+    with watched(tally) as folder:
         path = make_shards(folder)
         for _ in range(count):
             judge_map(tally, map_mutant(rng), path)
     return tally
-
-
-def run(function: Callable[[int, int, int], Tally], seed: int, count: int, workers: int) -> dict:
-    """Do so many in worker processes, in chunks; a worker that dies ends the run with an error."""
-    total, start = Tally(), time.perf_counter()
-    sizes = [min(CHUNK, count - done) for done in range(0, count, CHUNK)]
-    with ProcessPoolExecutor(workers) as pool:
-        for tally in pool.map(function, [seed] * len(sizes), range(len(sizes)), sizes):
-            total.add(tally)
-    for line in total.wrong:
-        print(f"AGAINST THE RULES: {line}")
-    return {
-        "count": count,
-        "seed": seed,
-        **{name: total.counts[name] for name in sorted(total.counts)},
-        "against the rules": total.counts["against the rules"],
-        **({"kinds": dict(sorted(total.kinds.items()))} if total.kinds else {}),
-        "differences": {
-            name: {"count": total.differences[name], "example": total.examples[name]}
-            for name in LENIENT
-            if name in total.differences
-        },
-        "slowest_seconds": total.slowest,
-        "memory_growth_bytes": total.grown,
-        "seconds": time.perf_counter() - start,
-        "workers": workers,
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -432,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args(arguments)
     figures = {
-        "headers": run(headers, options.seed, options.count, options.workers),
+        "headers": run(headers, options.seed, options.count, options.workers, LENIENT),
         "shard indexes": run(maps, options.seed, options.maps, options.workers),
     }
     if options.largest:

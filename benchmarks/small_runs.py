@@ -96,6 +96,10 @@ class Small:
             self.foreign.pop(name.partition("/")[0], None)
         self.theirs: set[str] = set()  # temporaries of runs that live
 
+    def close(self) -> None:
+        """Remove what is kept aside."""
+        self._aside.cleanup()
+
     def _input(self, number: int) -> str:
         kind, place = self.kind, self.root / "in"
         if kind.golden:

@@ -592,17 +592,27 @@ def test_no_thread_to_be_had_is_told_and_leaves_the_old_output(tmp_path, monkeyp
 
 
 def test_other_errors_are_not_taken_for_shortages():
-    for error in (
-        RuntimeError("else"),
-        SystemError("else"),
+    own = (
         wavg.MemoryBudgetError("too little"),
+        wavg.WeightError("[digital envelope routines]"),
         OutOfMemoryError("told already"),
-    ):
+    )
+    for error in (RuntimeError("else"), SystemError("else"), ValueError("else"), *own):
         with pytest.raises(type(error)) as caught, shortages():
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemError("<method> returned NULL without setting an exception"),
+        ValueError("[digital envelope routines] initialization error"),  # of hashlib
+    ],
+)
+def test_a_library_that_gives_no_reason_is_taken_to_lack_memory(error):
     with pytest.raises(OutOfMemoryError, match="gave no reason"), shortages():
-        raise SystemError("<method> returned NULL without setting an exception")
+        raise error
 
 
 # --- the scripts ----------------------------------------------------------------------------------
@@ -619,6 +629,7 @@ def test_other_errors_are_not_taken_for_shortages():
         "truncations.py FOLDER --step 11 --cuts 100 --changes 20",
         "bombs.py FOLDER",
         "concurrent_runs.py FOLDER --rounds 12",
+        "hdf5_mutations.py FOLDER --count 200 --parts 100 --plain-every 50 --workers 1",
     ],
 )
 def test_the_scripts_find_nothing_bad(tmp_path, arguments):

@@ -454,7 +454,7 @@ def test_a_copy_made_by_fork_has_a_process_of_its_own(began):
         first = isolated._READER.process and isolated._READER.process.pid
         copy = os.fork()
         wavg.load(sys.argv[1], isolate=True)
-        print(first == isolated._READER.process.pid)
+        os.write(1, b"%r\\n" % (first == isolated._READER.process.pid))  # a line at once
         if copy:
             assert os.waitpid(copy, 0)[1] == 0
     """

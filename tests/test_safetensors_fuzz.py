@@ -34,7 +34,7 @@ def script():
         import safetensors_mutations
 
         yield safetensors_mutations
-    for name in ("safetensors_mutations", "mutants", "common"):
+    for name in ("safetensors_mutations", "mutation_runs", "mutants", "common"):
         sys.modules.pop(name, None)
 
 

@@ -26,6 +26,7 @@ from wavg.options import Options, parse_size
 from wavg.plan import Plan, Weighting, make_plans
 from wavg.record import Record, Source, names_within
 from wavg.sha256sums import Sums, SumsLike
+from wavg.shortage import shortages
 from wavg.sinks import FileSink, MemorySink
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def average_checkpoints(
     output: PathLike,
     **options: Unpack[ManyAverages],
 ) -> list[Report]: ...
+@shortages()
 def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,
@@ -399,6 +401,7 @@ def plan_average(
     output: PathLike | None = None,
     **options: Unpack[ManyPlans],
 ) -> list[Plan]: ...
+@shortages()
 def plan_average(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,

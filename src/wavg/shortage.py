@@ -10,6 +10,8 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
+# What Python says of a library that gave none, and OpenSSL, which makes digests, of itself.
+_NO_REASON = r"without (setting an exception|exception set)|^\[digital envelope routines\]"
 _NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
 
@@ -32,8 +34,8 @@ def shortages() -> Iterator[None]:
             f"out of memory{why}; max_memory and workers (--max-memory, --workers) bound what "
             "averaging takes"
         ) from error
-    except SystemError as error:
-        if not re.search("without (setting an exception|exception set)", str(error)):
+    except (SystemError, ValueError) as error:
+        if isinstance(error, WavgError) or not re.search(_NO_REASON, str(error)):
             raise
         raise OutOfMemoryError(
             f"a library failed and gave no reason, as for lack of memory ({error})"
