@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +46,8 @@ def large_run(folder, ending, count=3):
     return folder
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
-def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(
-    tmp_path, monkeypatch, ending
-):
+def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(tmp_path, monkeypatch):
+    ending = ".safetensors"
     folder = large_run(tmp_path / "run", ending)
     made, begun, read = [], [], []
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
@@ -67,7 +64,6 @@ def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(
         for number, spec in enumerate(task.run.sources[layout] for layout in self._layouts):
             end = spec.extent.offset + task.stop * spec.entry.itemsize
             assert passing._hashes[number, 0].position >= end
-            assert all(c.position >= end for c in passing._checks.get((number, 0), ()))
         begun.append(min(h.position < h.end for h in passing._hashes.values()))
         return average(self, task, scratch)
 
@@ -81,15 +77,8 @@ def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(
     monkeypatch.setattr(stream._Job, "_average", averaged)
     wavg.average_checkpoints(folder, tmp_path / f"a{ending}", record="sha256", workers=2)
     assert any(begun)  # some was averaged before all was read
-    checked = sum(zip_member.file_size for zip_member in members(folder, ending))
-    assert sum(read) == sum(file.stat().st_size for file in folder.iterdir()) + checked
+    assert sum(read) == sum(file.stat().st_size for file in folder.iterdir())
     assert max(read) == BUFFER_BYTES
-
-
-def members(folder, ending):
-    for path in folder.iterdir() if ending == ".npz" else ():
-        with zipfile.ZipFile(path) as archive:
-            yield from archive.infolist()
 
 
 def test_nothing_is_read_ahead_where_no_digest_is_asked_for(run, tmp_path, monkeypatch):
@@ -117,10 +106,73 @@ def test_several_averages_of_one_pass_have_the_digests_of_their_own_inputs(run, 
         assert [s.sha256 for s in sources] == [sha256(run / s.name) for s in sources]
 
 
-def test_digests_are_made_for_formats_without_a_record_too(tmp_path):
+def test_digests_that_nothing_would_keep_are_not_made(tmp_path):
     folder = large_run(tmp_path / "run", ".npz", 2)
-    wavg.average_checkpoints(folder, tmp_path / "average.npz", record="sha256")
-    assert wavg.load(tmp_path / "average.npz").keys() == {"t0", "t1", "t2", "t3"}
+    with pytest.raises(WavgError, match=r"average\.npz keeps no record.*only safetensors do"):
+        wavg.average_checkpoints(folder, tmp_path / "average.npz", record="sha256")
+
+
+def test_a_checksum_of_all_of_a_file_is_made_as_it_is_averaged(tmp_path, monkeypatch):
+    for step in range(2):
+        np.savez(tmp_path / f"m_{step}.npz", w=np.full(1_000_000, step, np.float32))
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
+    average, positions = stream._Job._average, []
+
+    class Watched(Digests):
+        def reach(self, ends):
+            super().reach(ends)
+            positions.append([checks[-1].position for checks in self._checks.values() if checks])
+
+    def averaged(self, task, scratch):
+        assert min(positions[-1], default=1 << 30) >= task.stop * 4
+        return average(self, task, scratch)
+
+    monkeypatch.setattr("wavg.files.Digests", Watched)
+    monkeypatch.setattr(stream._Job, "_average", averaged)
+    assert wavg.average_checkpoints(tmp_path, workers=1)["w"][-1] == 0.5
+    assert len(positions) > 3
+    assert max(positions[0]) < 3_000_000  # and not to the end
+
+
+@pytest.mark.parametrize("place", [0, 250_000, -1])
+def test_damage_anywhere_in_a_large_member_is_found(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 19)
+    for step in range(2):
+        np.savez(tmp_path / f"m_{step}.npz", w=np.full(500_000, step, np.float32))
+    path = tmp_path / "m_1.npz"
+    raw = bytearray(path.read_bytes())
+    start = raw.index(np.full(9, 1, np.float32).tobytes())
+    raw[start + 4 * (place % 500_000)] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointFormatError, match=r"w\.npy.* is damaged"):
+        wavg.average_checkpoints(str(tmp_path / "m_*"))
+
+
+def test_digests_that_are_only_recorded_are_not_made_where_the_run_ends_in_an_error(
+    tmp_path, monkeypatch
+):
+    folder = large_run(tmp_path / "run", ".safetensors", 2)
+    wavg.save(
+        folder / "m_0.safetensors",
+        {f"t{n}": np.full(150_000, np.nan, np.float32) for n in range(4)},
+        overwrite=True,
+    )
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
+    read, exactly = [], digests.read_exactly
+
+    def reading(descriptor, offset, out):
+        read.append(len(out))
+        return exactly(descriptor, offset, out)
+
+    monkeypatch.setattr(digests, "read_exactly", reading)
+    output = tmp_path / "a.safetensors"
+    with pytest.raises(NonFiniteError):
+        wavg.average_checkpoints(folder, output, record="sha256", workers=1)
+    assert sum(read) < 3 << 20
+    sums = list_of(folder)
+    sums.write_text(sums.read_text().replace(sha256(folder / "m_1.safetensors"), DIGEST))
+    with pytest.raises(CheckpointFormatError, match="another file than expected"):
+        wavg.average_checkpoints(str(folder / "m_*"), output, check_sha256=sums)
 
 
 def test_ctrl_c_does_not_wait_for_what_is_being_read(tmp_path, monkeypatch):
@@ -309,3 +361,11 @@ def test_command_records_and_checks(run, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 1
     assert f"expected {DIGEST}" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+def test_a_dry_run_looks_whether_the_inputs_are_listed(run, tmp_path, capsys):
+    sums = list_of(run, ["m_9.safetensors"])
+    command = ["average", str(run / "m_*"), "-o", str(tmp_path / "a.safetensors"), "--dry-run"]
+    assert main([*command, "--check-sha256", str(sums)]) == 1
+    assert "m_10.safetensors is not among the files of" in capsys.readouterr().err
+    assert main([*command, "--check-sha256", str(list_of(run, sorted(os.listdir(run))))]) == 0

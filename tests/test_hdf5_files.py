@@ -14,6 +14,7 @@ import pytest
 
 import wavg
 from contract import assert_same, read_bytes
+from small_files import GOLDEN
 from wavg import CheckpointFormatError, OutputError
 from wavg.formats import hdf5, hdf5_rewrite, hdf5_tensors, keras_shards, keras_weights
 from wavg.temporaries import NEW
@@ -316,7 +317,7 @@ def overlaid(path, place):
 def test_an_average_that_would_be_read_from_elsewhere_is_not_published(tmp_path, isolate):
     paths = [overlaid(tmp_path / f"m_{n}.weights.h5", n) for n in range(2)]
     output = tmp_path / "average.weights.h5"
-    with pytest.raises(CheckpointFormatError, match="l/a would be read from elsewhere") as caught:
+    with pytest.raises(CheckpointFormatError, match="l/a would not be found where") as caught:
         wavg.average_checkpoints(paths, output, isolate=isolate)
     assert str(caught.value).startswith(f"{paths[1]}: its numbers lie over its own structure")
     assert len(os.listdir(tmp_path)) == 2
@@ -337,8 +338,8 @@ def unreadable(index):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lacking, f"{NAME} is not in the output as it should be"),
-        (reshaped, f"{NAME} is not in the output as it should be"),
+        (lacking, f"{NAME} would not be found where it was written"),
+        (reshaped, f"{NAME} would not be found where it was written"),
         (unreadable, r"average\.weights\.h5: not a sound HDF5 file"),
     ],
 )
@@ -354,3 +355,10 @@ def test_an_average_that_is_found_unsound_is_not_published(tmp_path, monkeypatch
     with pytest.raises(CheckpointFormatError, match=message):
         wavg.average_checkpoints(paths, tmp_path / "average.weights.h5")
     assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["carry", "drop"])
+def test_shards_of_which_one_is_left_empty_are_averaged(tmp_path, optimizer):
+    paths = [GOLDEN / f"keras3_shards_{n}.weights.json" for n in (1, 2)]
+    wavg.average_checkpoints(paths, tmp_path / "a.weights.json", optimizer=optimizer)
+    assert_same(wavg.load(tmp_path / "a.weights.json"), wavg.average_checkpoints(paths))

@@ -41,6 +41,8 @@ def fit(
     fixed = _BASE_BYTES + _SPEC_BYTES * sum(map(len, (*tables, *others)))
     if any(name and name.startswith("keras") for name in (created, indexes[-1].format)):
         fixed += _HDF5_BYTES + sum(index.reader_bytes for index in indexes)
+        if created is None:  # an output in place is looked into before it appears
+            fixed += _SPEC_BYTES * (len(indexes[-1].tensors) + len(indexes[-1].others))
     if created is not None:
         fixed += _CREATED_BYTES * len(indexes[-1].tensors) * outputs
     passed = options.digests or any(index.checksums for index in indexes)

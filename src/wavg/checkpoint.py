@@ -208,12 +208,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
     """
 
     def __init__(
-        self, index: Index, block_reader: Callable[[Index], BlockReader] | None = None
+        self,
+        index: Index,
+        block_reader: Callable[[Index], BlockReader] | None = None,
+        look: Callable[[str, str], Index] | None = None,
     ) -> None:
         self._descriptors: list[int] = []
         self.index = index
-        # How it was looked into: takes the name of a format and a path. None in another process.
-        self.look: Callable[[str, str], Index] | None = None
+        self.look = look  # how it was looked into: takes the name of a format and a path
         self._make_block_reader = block_reader
         self._block_reader: BlockReader | None = None
         self._by_name: dict[str, TensorSpec] | None = None
@@ -274,9 +276,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __del__(self) -> None:
         if self._descriptors:
+            self.close()
             message = f"{self.path} was not closed"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
-            self.close()
 
     def spec(self, name: str) -> TensorSpec:
         """Return the specification of a tensor."""

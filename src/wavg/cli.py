@@ -258,6 +258,7 @@ def _average(options: argparse.Namespace) -> None:
             "opaque_dtype",
             "isolate",
             "record",
+            "check_sha256",
             "max_shard_size",
             "max_memory",
             "workers",
@@ -275,7 +276,6 @@ def _average(options: argparse.Namespace) -> None:
                 options.inputs,
                 options.output,
                 overwrite=options.overwrite,
-                check_sha256=options.check_sha256,
                 progress=not (options.quiet or options.json),
                 **chosen,
             )

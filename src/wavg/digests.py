@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -106,15 +106,23 @@ class Digests:
         furthest: dict[tuple[int, int], int] = {}
         for number, file, end in ends:
             furthest[number, file] = max(end, furthest.get((number, file), 0))
+        self._advance(furthest, self._hashes)
+
+    def _advance(
+        self, ends: Mapping[tuple[int, int], int], hashes: Mapping[tuple[int, int], _Hash]
+    ) -> None:
         work: list[tuple[_Passage, int]] = []
-        for place, end in furthest.items():
-            whole = self._hashes.get(place)
+        for place, end in ends.items():
+            whole = hashes.get(place)
             if whole is not None and whole.position < end:
                 work.append((whole, end))
             checks = self._checks.get(place, [])
-            while checks and checks[-1].position < end:
-                check = checks.pop()
-                work.append((check, check.end))
+            for check in reversed(checks):
+                if check.position >= end:
+                    break
+                work.append((check, end))
+            while checks and checks[-1].end <= end:
+                checks.pop()
         if len(work) == 1:
             work[0][0].advance(work[0][1], self._stop)
         elif work:
@@ -133,12 +141,27 @@ class Digests:
         CheckpointFormatError, CheckpointChangedError
             As by `reach`.
         """
-        self.reach(
-            (number, file, identity.size)
+        self._advance(self._sizes(), self._hashes)
+        return self.values()
+
+    def judge(self) -> None:
+        """Compare all that is to be compared, and read nothing else.
+
+        Raises
+        ------
+        CheckpointFormatError, CheckpointChangedError
+            As by `reach`.
+        """
+        expected = {place: each for place, each in self._hashes.items() if each.expected}
+        judged = self._checks.keys() | expected.keys()
+        self._advance({p: size for p, size in self._sizes().items() if p in judged}, expected)
+
+    def _sizes(self) -> dict[tuple[int, int], int]:
+        return {
+            (number, file): identity.size
             for number, checkpoint in enumerate(self._checkpoints)
             for file, identity in enumerate(checkpoint.index.files)
-        )
-        return self.values()
+        }
 
     def values(self) -> list[Digest | None]:
         """Return what `finish` does, of the bytes read so far."""
@@ -194,17 +217,17 @@ class _Hash(_Passage):
     ) -> None:
         super().__init__(checkpoint, Extent(file, 0, checkpoint.index.files[file].size))
         self.digest = hashlib.sha256()
-        self._expected = expected and expected(self._path)
+        self.expected = expected and expected(self._path)
 
     def advance(self, end: int, stop: threading.Event) -> None:
         super().advance(end, stop)
-        if self._expected is None or self.position < self.end:
+        if self.expected is None or self.position < self.end:
             return
-        if (found := self.digest.hexdigest()) != self._expected:
+        if (found := self.digest.hexdigest()) != self.expected:
             self._checkpoint.verify_unchanged()
             raise CheckpointFormatError(
                 f"{self._path} is another file than expected, or damaged: its SHA-256 is {found}, "
-                f"expected {self._expected}",
+                f"expected {self.expected}",
                 path=self._path,
             )
 
@@ -213,7 +236,7 @@ class _Hash(_Passage):
 
 
 class _Check(_Passage):
-    """What a file's checksum is of; always read in one go."""
+    """What a file's checksum is of; judged when it is read, or the file has ended."""
 
     def __init__(self, checkpoint: Checkpoint, checksum: Checksum) -> None:
         super().__init__(checkpoint, checksum.extent)
@@ -221,8 +244,9 @@ class _Check(_Passage):
 
     def advance(self, end: int, stop: threading.Event) -> None:
         super().advance(end, stop)
-        whole = self.position == self.end and self._value == self._checksum.value
-        if not whole and not stop.is_set():
+        cut = self.position < min(end, self.end)
+        wrong = self.position == self.end and self._value != self._checksum.value
+        if (cut or wrong) and not stop.is_set():
             self._checkpoint.verify_unchanged()
             raise CheckpointFormatError(
                 f"{self._path}: {self._checksum.name} is damaged: its bytes do not give the CRC-32 "

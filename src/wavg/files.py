@@ -18,6 +18,7 @@ from wavg import outputs, stream
 from wavg import weights as schedules
 from wavg.checkpoint import Checkpoint
 from wavg.digests import Digest, Digests
+from wavg.errors import WavgError
 from wavg.formats import adapters, format_of_output, open_file
 from wavg.grid import Grid, Selection, select
 from wavg.inputs import PathLike
@@ -77,6 +78,7 @@ class PlanOptions(TypedDict, total=False):
     opaque_dtype: str | None
     isolate: bool
     record: str
+    check_sha256: SumsLike | None
     max_shard_size: int | str | None
     max_memory: int | str
     workers: int | None
@@ -86,7 +88,6 @@ class AverageOptions(PlanOptions, total=False):
     """Those of `average_checkpoints`."""
 
     overwrite: bool
-    check_sha256: SumsLike | None
     executor: Executor | None
     progress: bool
 
@@ -278,7 +279,7 @@ def average_checkpoints(
         integers=integers,
         allow_nonfinite=allow_nonfinite,
         record=record,
-        digests=check_sha256 is not None or (record == "sha256" and output is not None),
+        digests=_makes_digests(record, check_sha256, output),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else available_cores(),
@@ -292,12 +293,10 @@ def average_checkpoints(
     with opened(paths, opaque_dtype, isolate, len(targets)) as checkpoints:
         plans = _plans(checkpoints, selection, grid, targets, options)
         outputs.refuse_full(plans)
+        expected = None if check_sha256 is None else Sums(check_sha256)
         with (
             Digests(
-                checkpoints,
-                plans[0].workers,
-                sha256=options.digests,
-                expected=None if check_sha256 is None else Sums(check_sha256),
+                checkpoints, plans[0].workers, sha256=options.digests, expected=expected
             ) as digests,
             _progress_bar(plans[0], progress) as tick,
         ):
@@ -420,6 +419,7 @@ def plan_average(
     opaque_dtype: str | None = None,
     isolate: bool = False,
     record: str = "inputs",
+    check_sha256: SumsLike | None = None,
     max_shard_size: int | str | None = None,
     max_memory: int | str = "64MiB",
     workers: int | None = None,
@@ -447,7 +447,7 @@ def plan_average(
         integers=integers,
         allow_nonfinite=allow_nonfinite,
         record=record,
-        digests=record == "sha256" and output is not None,
+        digests=_makes_digests(record, check_sha256, output),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         max_memory=parse_size(max_memory),
         workers=workers if workers is not None else available_cores(),
@@ -460,7 +460,15 @@ def plan_average(
         outputs.refuse(target, paths[-1], overwrite=True)  # a folder that is missing is told now
     with opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, selection, grid, targets, options)
+        if check_sha256 is not None:
+            expected = Sums(check_sha256)
+            for identity in (each for c in checkpoints for each in c.index.files):
+                expected(identity.path)  # listed, at least
     return plans if grid.many else plans[0]
+
+
+def _makes_digests(record: str, check: SumsLike | None, output: PathLike | None) -> bool:
+    return check is not None or (record == "sha256" and output is not None)
 
 
 def _patterns(globs: str | Sequence[str]) -> tuple[str, ...]:
@@ -487,6 +495,12 @@ def _plans(
     reference = checkpoints[-1].index
     adapters.refuse_unlike([checkpoint.path for checkpoint in checkpoints])
     created = format_of_output(targets[0], reference) if targets else None
+    if options.record == "sha256" and created is not None and not created.recorded:
+        raise WavgError(
+            f"{targets[0]} keeps no record, so no digests either: only safetensors do; "
+            "leave record='sha256' (--sha256) out, or write safetensors",
+            path=targets[0],
+        )
     with uncollected():
         plans = make_plans(
             [checkpoint.index for checkpoint in checkpoints],

@@ -143,51 +143,44 @@ def planned(
         _begin_set(parts, overwrite)
     with _begun(parts, target if folder else None, overwrite) as (files, published):
         with _failures(files), _unless_changed(reference), uncollected():
-            bare = templates = _templates(row, plan, reference, parts, files)
+            templates = _templates(row, plan, reference, parts, files)
             noted: Callable[[str | None], list[Template]] | None = None
             if row.recorded and (record or KEY in reference.index.metadata):
-                noted = functools.partial(load_module(row.name).noted, bare, reference, KEY)
+                noted = load_module(row.name).noted(templates, reference, KEY)
                 templates = noted(record)
         sink = FileSink(files, templates, reference)
         for made in published:
             if isinstance(made, AtomicFolder):
                 _carry(plan, beside(reference.path), made)
         proved: Callable[[], None] | None = None
-        if plan.patches and row.isolable:
-            proved = functools.partial(_prove, plan, reference, row, files, templates)
+        if row.isolable and templates[-1].in_place:
+            proved = functools.partial(_prove, reference, files, templates)
         yield Output(files, templates, sink, published, noted, proved)
 
 
-def _prove(
-    plan: Plan,
-    reference: Checkpoint,
-    row: Format,
-    files: Sequence[NewFile],
-    templates: Sequence[Template],
-) -> None:
-    """Raise an error unless the tensors of an output are to be found where they were written.
+def _prove(reference: Checkpoint, files: Sequence[NewFile], templates: Sequence[Template]) -> None:
+    """Raise an error unless tensors written in place are to be found where they were written.
 
     In HDF5 nothing says where the structure lies. The numbers of a hostile file may lie over it,
     and other ones in their place spoil it.
     """
     assert reference.look is not None  # it was opened here
-    found: dict[str, TensorSpec] = {}
-    alone = len(files) == 1
-    for file in files if alone else files[1:]:
+    several = len(files) > 1  # the first of which is their map
+    name = "keras-weights" if several else reference.index.format
+    for file, template in [*zip(files, templates, strict=True)][several:]:
         try:
-            index = reference.look(row.name if alone else "keras-weights", file.temporary)
+            index = reference.look(name, file.temporary)
         except CheckpointFormatError as error:
             raise _spoilt(reference, str(error).replace(file.temporary, file.path)) from error
-        found |= {spec.name: spec for spec in (*index.tensors, *index.others)}
-    for decision in plan.decisions:
-        made, output = found.get(decision.spec.name), decision.output
-        if made is None or (made.dtype, made.shape) != (output.dtype, output.shape):
-            raise _spoilt(reference, f"{output.name} is not in the output as it should be")
-    for template in templates if templates[0].in_place else ():
-        for name, spec in template.targets.items():
-            place, written = found[name].extent, spec.extent
-            if place is None or written is None or place[1:] != written[1:]:
-                raise _spoilt(reference, f"{name} would be read from elsewhere")
+        found = {spec.name: spec for spec in (*index.tensors, *index.others)}
+        for written in template.targets.values():
+            read = found.get(written.name)
+            if read is None or _place(read) != _place(written):
+                raise _spoilt(reference, f"{written.name} would not be found where it was written")
+
+
+def _place(spec: TensorSpec) -> tuple[object, ...]:
+    return spec.dtype, spec.shape, spec.extent and spec.extent[1:]
 
 
 def _spoilt(reference: Checkpoint, why: str) -> CheckpointFormatError:

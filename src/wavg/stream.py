@@ -167,7 +167,7 @@ def _damage_first(digests: Digests) -> Iterator[None]:
     try:
         yield
     except (NonFiniteError, StructureMismatchError):
-        digests.finish()
+        digests.judge()
         raise
 
 

@@ -14,9 +14,9 @@ A format is a short module with three functions:
 An output is one file, and the last two may write a skeleton to its path. Formats of several files
 have ``parts(output, specs, reference, limit)``: the files of an output after the reference of that
 index, first the file that names the others; and ``renamed(reference, specs, keep_others, parts)``,
-the template of that file. Those that keep a record have ``noted(templates, reference, key, text)``:
-the templates with a text in the files' metadata, or without it. A module may have
-``block_reader(index)`` for tensors without extents.
+the template of that file. Those that keep a record have ``noted(templates, reference, key)``: a
+function that gives the templates with a text in the files' metadata, or with None without it. A
+module may have ``block_reader(index)`` for tensors without extents.
 Modules are imported when first needed.
 """
 
@@ -194,9 +194,7 @@ def _open_file(
     if not row.isolable or any(spec.extent is None for spec in index.tensors):
         # Else without h5py, which an isolated index spares this process.
         block_reader = getattr(load_module(index.format), "block_reader", None)
-    checkpoint = Checkpoint(index, block_reader)
-    checkpoint.look = look
-    return checkpoint
+    return Checkpoint(index, block_reader, look)
 
 
 def _look(

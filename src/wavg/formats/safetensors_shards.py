@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wavg.checkpoint import Checkpoint, FileIdentity, Index, TensorSpec, identify, reading
@@ -306,15 +306,19 @@ def _map(
 
 
 def noted(
-    templates: Sequence[Template], reference: Checkpoint, key: str, text: str | None
-) -> list[Template]:
-    """Return templates of an output with a text in the metadata of every file but the index."""
-    result = list(templates)
-    for number, template in enumerate(templates):
-        if number or len(templates) == 1:
-            header = _header_of(template, reference, number)
-            result[number] = safetensors.noted(template, header, key, text, reference.path)
-    return result
+    templates: Sequence[Template], reference: Checkpoint, key: str
+) -> Callable[[str | None], list[Template]]:
+    """Return what gives an output's templates with a text in all metadata but the index's."""
+    headers = [
+        _header_of(template, reference, number) if number or len(templates) == 1 else b""
+        for number, template in enumerate(templates)
+    ]
+
+    def with_text(text: str | None) -> list[Template]:
+        path, pairs = reference.path, zip(templates, headers, strict=True)
+        return [safetensors.noted(t, head, key, text, path) if head else t for t, head in pairs]
+
+    return with_text
 
 
 def _header_of(template: Template, reference: Checkpoint, number: int) -> bytes:
