@@ -323,6 +323,61 @@ def test_where_a_list_cannot_be_kept_the_group_does_not_get_its_mask(tmp_path, l
     assert mode(small.output) == 0o600
 
 
+# Its user 4321 may not read it, whom the mode lets in; the group may, or the mode says so.
+DENIAL = acl((1, 6, NOBODY), (2, 0, 4321), (4, 4, NOBODY), (16, 4, NOBODY), (32, 4, NOBODY))
+GIFT = acl((1, 7, NOBODY), (2, 7, 4321), (4, 5, NOBODY), (16, 7, NOBODY), (32, 5, NOBODY))
+
+
+@root
+@pytest.mark.parametrize(("before", "after"), [(None, 0o644), (DENIAL, 0o600)])
+@pytest.mark.parametrize("suffix", [".npz", "/"])
+def test_where_the_group_cannot_be_kept_no_list_comes_in_either(place, before, after, suffix):
+    small = Small(place, suffix)
+    small.run()
+    try:
+        os.setxattr(small.folder, DEFAULT, GIFT)
+    except OSError:
+        pytest.skip("no access lists here")
+    small.run(overwrite=True)  # what is imported late
+    give_all(place)
+    for path in small.files():
+        os.chown(path, USER, OTHER)
+        os.chmod(path, 0o644)
+        if before:
+            os.setxattr(path, OWN, before)
+    with unprivileged():
+        small.run(overwrite=True)
+    for path in small.files():
+        assert list_of(path) is None
+        assert mode(path) == after
+
+
+def test_where_a_list_cannot_be_kept_nobody_whom_it_kept_out_comes_in(tmp_path, lists, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "not this one")
+
+    small = Small(tmp_path, ".npz")
+    small.run()
+    os.setxattr(small.output, OWN, DENIAL)
+    os.setxattr(small.folder, DEFAULT, GIFT)
+    monkeypatch.setattr(os, "setxattr", refuse)
+    small.run(overwrite=True)
+    assert mode(small.output) == 0o600
+
+
+def test_a_list_that_stays_although_it_was_to_go_lets_nobody_in(tmp_path, lists, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "it stays")
+
+    small = Small(tmp_path, ".npz")
+    small.run()
+    os.chmod(small.output, 0o640)
+    os.setxattr(small.folder, DEFAULT, GIFT)
+    monkeypatch.setattr(os, "removexattr", refuse)
+    small.run(overwrite=True)
+    assert mode(small.output) == 0o600  # the mask of the list, too
+
+
 def test_new_files_have_what_their_folder_gives_them(tmp_path, lists):
     small = Small(tmp_path, ".npz")
     os.setxattr(small.folder, DEFAULT, LIST)
