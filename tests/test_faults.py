@@ -38,7 +38,7 @@ from wavg.positional import write_exactly
 from wavg.publish import AtomicFile
 from wavg.publish_folder import AtomicFolder
 from wavg.shortage import shortages
-from wavg.temporaries import remove
+from wavg.temporaries import reclaim, remove
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -177,6 +177,71 @@ def test_a_rename_that_the_disk_does_not_confirm_is_undone(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["out"] * before
     if before:
         assert [*read(tmp_path / "out").values()] == [b"old"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_no_other_run_removes_what_is_replaced_before_the_disk_confirms(
+    tmp_path, monkeypatch, kind
+):
+    write(tmp_path / "out", kind, b"old")
+
+    def fail(folder):
+        reclaim(f"{tmp_path}/out")  # as another run does that begins now
+        disk_error()
+
+    monkeypatch.setattr(publish, "sync_folder", fail)
+    with pytest.raises(OutputError, match="untouched"):
+        write(tmp_path / "out", kind, overwrite=True)
+    assert [*read(tmp_path / "out").values()] == [b"old"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_nor_if_it_is_what_a_run_made_that_still_lives(tmp_path, kind):
+    path = f"{tmp_path}/out"
+    with kind(path) as second:
+        with kind(path) as first:
+            first.commit()
+            second._overwrite = True  # it began before there was anything
+            second.commit()
+        reclaim(path)
+        assert second.withdraw()
+        assert os.path.samestat(os.stat(path), first._status)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_came_in_the_last_instant_is_not_taken_for_the_one_that_was_held(
+    tmp_path, monkeypatch
+):
+    write(tmp_path / "out", AtomicFolder, b"old")
+    real = publish_folder.held
+
+    def held(path):
+        descriptor = real(path)
+        os.rename(path, tmp_path / "old")
+        os.mkdir(path)
+        return descriptor
+
+    monkeypatch.setattr(publish_folder, "held", held)
+    monkeypatch.setattr(publish, "sync_folder", disk_error)
+    with pytest.raises(OutputError, match="is written, but the disk does not confirm"):
+        write(tmp_path / "out", AtomicFolder, overwrite=True)
+    assert [*read(tmp_path / "out").values()] == [b"new"]
+
+
+def test_a_stray_that_became_another_before_it_was_locked_is_left(tmp_path, monkeypatch):
+    stray = tmp_path / ".out.0123456789ab.wavg-tmp"
+    stray.write_bytes(b"a living run's")
+    real = temporaries._lock
+
+    def lock(descriptor):
+        os.rename(stray, tmp_path / "out")
+        stray.write_bytes(b"what it replaced")
+        return real(descriptor)
+
+    monkeypatch.setattr(temporaries, "_lock", lock)
+    reclaim(f"{tmp_path}/out")
+    assert stray.read_bytes() == b"what it replaced"
 
 
 def test_where_a_rename_cannot_be_undone_the_error_says_what_stands_there(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import OutputError, OutputExistsError, WavgError
 from wavg.positional import read_at, write_exactly
 from wavg.renames import FAILING, MOVES_OPEN_FILES, rename_new, sync_file, sync_folder
-from wavg.temporaries import OLD, beside, claimed, reclaim, remove_stray, stands_at
+from wavg.temporaries import OLD, beside, claimed, held, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -208,8 +208,8 @@ class AtomicFile(NewFile):
 
     Notes
     -----
-    The temporary file is locked while this process lives. A later run to the same destination
-    removes temporaries that nobody holds a lock on: what a killed run left behind.
+    The temporary file is locked while this process lives, and the one replaced from then on. A later
+    run to the same destination removes what nobody holds a lock on: what a killed run left behind.
     """
 
     def __init__(self, path: str, *, overwrite: bool = False) -> None:
@@ -217,6 +217,7 @@ class AtomicFile(NewFile):
         self._overwrite = overwrite
         self.destination = os.path.realpath(path)
         self._kept = ""  # where what is replaced is, until the end
+        self._held = -1  # that, open and locked
         self._gone = False  # whether what was replaced cannot come back
         super().__init__(path, beside(self.destination), self.destination)
 
@@ -259,6 +260,7 @@ class AtomicFile(NewFile):
 
     def _replace(self) -> None:
         """Replace what is there, and keep it under another name until that is confirmed."""
+        self._held = held(self.destination)
         self._kept = beside(self.destination, OLD)
         try:
             os.link(self.destination, self._kept)
@@ -290,6 +292,16 @@ class AtomicFile(NewFile):
                 remove_stray(self._kept)
         finally:
             super()._discard()
+
+    def close(self) -> None:
+        """Close the file, and what it replaced; neither is needed any more."""
+        try:
+            super().close()
+        finally:
+            if self._held >= 0:
+                descriptor, self._held = self._held, -1
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
 
 
 def write_file(path: str, data: bytes, *, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ from wavg.destinations import refuse_existing
 from wavg.errors import OutputError, OutputExistsError
 from wavg.publish import NewFile, appeared, confirm, failures
 from wavg.renames import EXCHANGE, MOVES_OPEN_FILES, NOT_HERE, open_folder, sync_file
-from wavg.temporaries import beside, claimed, reclaim, remove_stray, stands_at
+from wavg.temporaries import beside, claimed, held, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,8 +34,8 @@ class AtomicFolder:
 
     Notes
     -----
-    The temporary folder is locked as an `AtomicFile` is, and reclaimed like it. A folder that is
-    replaced hands its access on, and its files theirs to those of the same names.
+    The temporary folder is locked as an `AtomicFile` is, and reclaimed like it, and so is a folder
+    that is replaced. It hands its access on, and its files theirs to those of the same names.
     """
 
     def __init__(self, path: str, *, overwrite: bool = False) -> None:
@@ -44,7 +44,8 @@ class AtomicFolder:
         self.destination = os.path.realpath(path)
         self.temporary = beside(self.destination)
         self._access: Access | None = None
-        self._exchanged = False
+        self._held = -1
+        self._replaced: os.stat_result | None = None  # what is held, and is to come back
         self._descriptor = -1
         self._files: list[NewFile] = []
         self._lost: OutputError | None = None
@@ -99,10 +100,12 @@ class AtomicFolder:
             file.close()
 
     def _close(self) -> None:
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            with contextlib.suppress(OSError):  # durable already, or given up
-                os.close(descriptor)
+        descriptors = self._descriptor, self._held
+        self._descriptor = self._held = -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):  # durable already, or given up
+                    os.close(descriptor)
 
     def file(self, name: str) -> NewFile:
         """Begin a file of the folder; it is closed with it."""
@@ -142,8 +145,7 @@ class AtomicFolder:
         with failures(self.path, self.temporary):
             if self._overwrite and os.path.isdir(self.destination):
                 refuse_folders_within(self.destination)
-                renames.rename(self.temporary, self.destination, EXCHANGE)
-                self._exchanged = True
+                self._exchange()
             else:
                 self._publish_new()
             confirm(self)
@@ -152,13 +154,21 @@ class AtomicFolder:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
         try:
             if stands_at(self.destination, self._status):
-                if self._exchanged:  # if what was replaced is there no more, this fails
-                    renames.rename(self.temporary, self.destination, EXCHANGE)
-                else:
+                if self._replaced is None:
                     os.rename(self.destination, self.temporary)
+                elif stands_at(self.temporary, self._replaced):
+                    renames.rename(self.temporary, self.destination, EXCHANGE)
+                else:  # it is there no more, or was another's that may have lost files since
+                    return False
         except OSError:
             return False
         return True
+
+    def _exchange(self) -> None:
+        """Replace a folder, and hold it: under the temporary name it would be taken for a stray."""
+        self._held = held(self.destination)
+        self._replaced = os.stat(self.destination if self._held < 0 else self._held)
+        renames.rename(self.temporary, self.destination, EXCHANGE)
 
     def _publish_new(self) -> None:
         try:

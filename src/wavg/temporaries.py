@@ -1,7 +1,9 @@
 """Temporaries beside an output: their names, who holds them, and what becomes of them.
 
-A temporary is locked while the process that made it lives. What nobody holds a lock on a killed run
-has left; only a run to the same output removes it.
+A temporary is locked while the process that made it lives, and so is what it replaced, which lies
+there until the end. What nobody holds a lock on a killed run has left; only a run to the same
+output removes it. Who keeps something shares the lock with others who do: one run may replace what
+another has just made. Who removes it wants the lock alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ __all__ = [
     "OLD",
     "beside",
     "claimed",
+    "held",
     "reclaim",
     "reclaim_unnamed",
     "remove",
@@ -62,12 +65,28 @@ def claimed(descriptor: int, path: str) -> bool:
     if fcntl is None:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # there are no locks here, so nobody reclaims anything
         return True
     return stands_at(path, os.fstat(descriptor))
+
+
+def held(path: str) -> int:
+    """Keep other runs from what is to be replaced, until the descriptor returned is closed.
+
+    It is -1 where there is nothing, or this user, or system, cannot hold it.
+    """
+    if fcntl is None:
+        return -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, PermissionError):
+        return -1
+    with contextlib.suppress(OSError):  # there are no locks here, or it is locked for other ends
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
 
 
 def stands_at(path: str, status: os.stat_result) -> bool:
@@ -119,7 +138,7 @@ def _strays(destination: str, *endings: str) -> Iterator[tuple[str, int]]:
             except OSError:
                 continue  # gone, or not to be opened by this user
             try:
-                if _lock(descriptor):
+                if _lock(descriptor) and stands_at(stray, os.fstat(descriptor)):
                     yield stray, descriptor
             finally:
                 os.close(descriptor)
