@@ -169,7 +169,8 @@ def _prove(reference: Checkpoint, files: Sequence[NewFile], templates: Sequence[
     name = "keras-weights" if several else reference.index.format
     for file, template in [*zip(files, templates, strict=True)][several:]:
         try:
-            index = reference.look(name, file.temporary)
+            with file.failures():
+                index = reference.look(name, file.temporary)
         except CheckpointFormatError as error:
             raise _spoilt(reference, str(error).replace(file.temporary, file.path)) from error
         found = {spec.name: spec for spec in (*index.tensors, *index.others)}
