@@ -93,7 +93,7 @@ MAY_IMPORT = {
     "prefixes": "",
     "prefix_sums": "checkpoint decisions plan positional prefixes rounding errors",
     "evaluation": "dtypes errors",
-    "journal": "evaluation publish renames errors",
+    "journal": "evaluation destinations publish renames errors",
     "scoring": "checkpoint evaluation inputs journal errors",
     "subjects": "checkpoint decisions destinations digests files formats inputs opening outputs "
     "plan prefixes prefix_sums sinks errors",

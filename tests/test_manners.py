@@ -639,6 +639,25 @@ def test_a_folder_that_vanishes_during_the_run_is_told(tmp_path, suffix, monkeyp
     assert not small.folder.exists()
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 5000])
+@pytest.mark.parametrize("suffix", [*small_files.ALL, ".csv"])
+def test_a_name_that_no_system_takes_is_told_before_anything_is_begun(tmp_path, suffix, name):
+    small = Small(tmp_path, suffix if suffix != ".csv" else ".npz")
+
+    def table(path, overwrite):
+        results.written("a", path, overwrite=overwrite)
+
+    make = table if suffix == ".csv" else small.run
+    for path in (f"{small.folder}/{name}{suffix}", f"{small.folder}/{name}/out{suffix}"):
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="nothing was begun") as caught:
+                make(path, overwrite=overwrite)
+            assert caught.value.errno in (errno.EINVAL, errno.ENAMETOOLONG)
+        with pytest.raises(OutputError):
+            Journal(path, {})
+    assert os.listdir(small.folder) == []
+
+
 def test_a_file_where_a_folder_belongs_is_told(tmp_path):
     small = Small(tmp_path, ".npz")
     with pytest.raises(OutputError, match="there is no folder"):

@@ -8,7 +8,7 @@ import stat
 
 from wavg.errors import OutputError, OutputExistsError
 
-__all__ = ["bare", "is_stream", "refuse_existing", "refuse_full"]
+__all__ = ["bare", "is_stream", "refuse_existing", "refuse_full", "refuse_unnamable"]
 
 
 def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None:
@@ -22,6 +22,7 @@ def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None
         What is there is of another kind, a device for example; the folder it is to be in is
         missing, or the system refuses the path.
     """
+    refuse_unnamable(path)
     path_of_folder = bare(path)
     try:
         mode = os.stat(path_of_folder if folder else path).st_mode
@@ -51,6 +52,20 @@ def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None
         raise OutputError(f"cannot write {path}: there is no folder {parent}", path=path)
 
 
+def refuse_unnamable(path: str) -> None:
+    """Raise `OutputError` if no file can have the name: it has a zero byte, or half a character."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise OutputError(
+            f"cannot write {path!a}: no file can have this name; nothing was begun",
+            path=path,
+            errno=errno.EINVAL,
+        )
+
+
 def bare(path: str) -> str:
     """Return a path without the separator at its end, if it has one."""
     head, tail = os.path.split(path)
@@ -61,7 +76,7 @@ def is_stream(path: str) -> bool:
     """Whether a path is a pipe or a device that takes bytes, as /dev/stdout may be."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):  # nothing, or nothing that there could be
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 

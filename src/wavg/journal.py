@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from wavg.destinations import refuse_unnamable
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome
 from wavg.publish import failures
@@ -60,6 +61,7 @@ class Journal:
         self._descriptor = -1
         if path is None:
             return
+        refuse_unnamable(path)
         with failures(path, path):
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
             self._descriptor = os.open(path, flags, 0o666)

@@ -208,7 +208,7 @@ class AtomicFile(NewFile):
 
     Notes
     -----
-    The temporary file is locked while this process lives, and the one replaced from then on. A later
+    The temporary is locked while this process lives, and what it replaced from then on. A later
     run to the same destination removes what nobody holds a lock on: what a killed run left behind.
     """
 
