@@ -751,6 +751,13 @@ def test_a_table_that_the_pipe_refuses_is_told(tmp_path):
         results.written("a", tmp_path / "socket", overwrite=True)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_what_is_written_into_is_not_said_to_be_untouched():
+    with pytest.raises(OutputError, match="a part of it may have been written") as caught:
+        results.written("a", "/dev/full", overwrite=False)
+    assert caught.value.errno == errno.ENOSPC
+
+
 @pytest.mark.parametrize("make", [make_fifo, make_device])
 def test_a_journal_is_a_file(tmp_path, make):
     make(f"{tmp_path}/journal")
@@ -768,7 +775,7 @@ def test_a_journal_that_the_system_refuses_is_told(tmp_path, monkeypatch):
 
     with Journal(f"{tmp_path}/journal", {}) as journal:
         monkeypatch.setattr(os, "write", fail)
-        with pytest.raises(OutputError, match="No space left"):
+        with pytest.raises(OutputError, match=r"No space left.*its last line may be torn"):
             journal.begin("a")
 
 

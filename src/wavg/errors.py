@@ -92,7 +92,7 @@ class InputError(WavgError, OSError):
 
 
 class OutputError(WavgError, OSError):
-    """The output could not be written; what stood there before is untouched."""
+    """The output could not be written; the message says how things stand there now."""
 
 
 class OutputExistsError(OutputError, FileExistsError):

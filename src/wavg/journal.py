@@ -31,6 +31,7 @@ except ImportError:  # Windows: nobody is kept from a journal in use
 __all__ = ["Journal"]
 
 _HEAD = b'{"wavg"'
+_TORN = "its last line may be torn, which the next run to it mends"
 _KILLED = "killed: the process ended during this evaluation, twice"
 
 
@@ -69,7 +70,7 @@ class Journal:
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise WavgError(f"{path} is no file, as a journal has to be", path=path)
             self._lock(path)
-            with failures(path, path):
+            with failures(path, path, _TORN):
                 self._resume(path, json.loads(json.dumps(dict(series))))
         except BaseException:
             self._close()
@@ -110,7 +111,7 @@ class Journal:
         if self.path is None or self._descriptor < 0:
             return
         data = (json.dumps(line) + "\n").encode()
-        with failures(self.path, self.path):
+        with failures(self.path, self.path, _TORN):
             while data:
                 data = data[os.write(self._descriptor, data) :]
             sync_file(self._descriptor)

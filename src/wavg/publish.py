@@ -313,7 +313,8 @@ def write_file(path: str, data: bytes, *, overwrite: bool) -> None:
         There is one, and it was not to be replaced.
     """
     if is_stream(path):
-        with failures(path, path), open(path, "wb", buffering=0) as stream:
+        part = "a part of it may have been written"
+        with failures(path, path, part), open(path, "wb", buffering=0) as stream:
             view = memoryview(data)
             while view:
                 view = view[stream.write(view) :]
@@ -346,8 +347,13 @@ def appeared(path: str) -> OutputExistsError:
 
 
 @contextlib.contextmanager
-def failures(path: str, temporary: str) -> Iterator[None]:
-    """Turn what the system refuses into an `OutputError` that names the destination."""
+def failures(
+    path: str, temporary: str, now: str = "what stood there before is untouched"
+) -> Iterator[None]:
+    """Turn what the system refuses into an `OutputError` that names the destination.
+
+    It says how things stand there `now`.
+    """
     try:
         yield
     except OutputError as error:
@@ -361,7 +367,7 @@ def failures(path: str, temporary: str) -> Iterator[None]:
         if isinstance(error, WavgError):  # an input's
             raise
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; what stood there before is untouched",
+            f"cannot write {path}: {error.strerror or error}; {now}",
             path=path,
             errno=error.errno,
         ) from error
