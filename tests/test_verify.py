@@ -288,3 +288,27 @@ def test_an_input_that_has_no_numbers_any_more_is_a_fault_among_the_others(run, 
     changed, impossible, *_ = wavg.verify(output, run, full=True).faults
     assert changed == f"{path} does not have the SHA-256 recorded for it"
     assert impossible.startswith(f"it cannot be computed again: {path}: w[0, 0] is nan")
+
+
+@pytest.mark.parametrize("where", [None, ".", ["m_1.h5", "m_2.h5"]])
+def test_inputs_are_looked_for_as_they_are_opened(tmp_path, monkeypatch, where):
+    """In a process of their own, as asked for, and with what the dtype is said to be."""
+    h5py = pytest.importorskip("h5py")
+    from wavg.formats import keras_h5
+
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        with h5py.File(f"m_{step}.h5", "w") as file:
+            file.attrs["layer_names"] = [b"d"]
+            file.create_group("d").attrs["weight_names"] = [b"k"]
+            file["d"].create_dataset("k", data=np.full(3, 0x3F80 + step, "<u2").view("V2"))
+    told = {"opaque_dtype": "bfloat16", "isolate": True}
+    wavg.average_checkpoints("m_*.h5", "average.safetensors", **told)
+
+    def here(path, **options):
+        raise AssertionError(f"{path} is read in this process")
+
+    monkeypatch.setattr(keras_h5, "read_index", here)
+    assert wavg.verify("average.safetensors", where, full=True, **told).faults == ()
+    with pytest.raises(wavg.WavgError, match="no record"):  # whatever is taken for an average
+        wavg.verify("m_1.h5", **told)
