@@ -296,7 +296,7 @@ def _ends_with(path: str, name: str) -> bool:
 def _checkpoint_of(folder: str) -> str | None:
     try:
         return checkpoint_in(folder)
-    except CheckpointFormatError:
+    except (CheckpointFormatError, PermissionError):
         return None  # whatever is in it, it is not one of the inputs
 
 
@@ -304,8 +304,8 @@ def _size(path: str, open_: _Open) -> int:
     try:
         with open_(path) as checkpoint:
             return sum(identity.size for identity in checkpoint.index.files)
-    except WavgError:
-        return -1  # no checkpoint, so not one of the inputs
+    except (WavgError, PermissionError):
+        return -1  # no checkpoint of this user's, so not one of the inputs
 
 
 def _changes(
@@ -402,6 +402,7 @@ class _Comparison:
             part.decision.spec.name: (made.spec(part.name), part.start) for part in parts
         }
         self._wrong: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()  # threads write, also parts of one tensor
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
@@ -421,9 +422,10 @@ class _Comparison:
         size = values.itemsize
         rows = [array.view(np.uint8).reshape(-1, size) for array in (values, there)]
         wrong = np.flatnonzero((rows[0] != rows[1]).any(axis=1))
-        before = self._wrong.get(spec.name, (0, spec.size))
-        place = min(before[1], first + start + int(wrong[0]))
-        self._wrong[spec.name] = before[0] + len(wrong), place
+        place = first + start + int(wrong[0])
+        with self._lock:
+            count, before = self._wrong.get(spec.name, (0, place))
+            self._wrong[spec.name] = count + len(wrong), min(before, place)
 
     def faults(self) -> Iterator[str]:
         """Tell what differs, tensor by tensor."""
