@@ -365,7 +365,7 @@ def test_a_list_that_is_missing_or_no_file_is_told(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_a_list_as_powershell_writes_it_is_told_as_that(tmp_path, encoding):
     (tmp_path / "sums").write_bytes(f"\ufeff{DIGEST}  m.npz\r\n".encode(encoding))
-    with pytest.raises(WavgError, match=r"sums is text in UTF-16, .*; save it as UTF-8, as `\| Out"):
+    with pytest.raises(WavgError, match=r"sums is text in UTF-16, .* as `\| Out-File"):
         Sums(tmp_path / "sums")
 
 

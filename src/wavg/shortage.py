@@ -14,7 +14,8 @@ __all__ = ["shortages"]
 # fails (other reasons, as "unsupported" of an algorithm that is not allowed, are none of memory).
 _NO_REASON = (
     r"without (setting an exception|exception set)"
-    r"|^\[digital envelope routines\b.*\] (initialization error|not able to copy ctx|malloc failure)$"
+    r"|^\[digital envelope routines\b.*\] "
+    "(initialization error|not able to copy ctx|malloc failure)$"
 )
 _NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
