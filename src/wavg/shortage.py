@@ -10,8 +10,8 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
-# What Python says of a library that gave none; and OpenSSL, which makes digests, where an allocation
-# fails (other reasons, as "unsupported" of an algorithm that is not allowed, are none of memory).
+# What Python says of a library that gave none; and OpenSSL, which makes digests, where allocations
+# fail (other reasons, as "unsupported" of an algorithm that is not allowed, are none of memory).
 _NO_REASON = (
     r"without (setting an exception|exception set)"
     r"|^\[digital envelope routines\b.*\] "
