@@ -3,7 +3,8 @@
 Everything is imported and collected once. The tests run once on the originals, which shows what
 each of them reaches and how long it takes; then, for each mutant, those that reach its function run
 in a fork of that process until one fails or their time is over: those first that told another
-mutant of it, then quick ones. See mutation.py.
+mutant of it, then quick ones. Before that the originals have to pass in such a fork, too, and a
+fork that ends in any way that is no test's or mutant's own ends the run. See mutation.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import mmap
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +30,16 @@ MutantDict = dict[str, Callable[..., Any]]
 
 active = ""  # the mutant that takes the place of its function
 reached: set[str] = set()  # functions that were called
+ORIGINAL = "original"  # takes the place of no function
+# How forks end: by themselves, by a test that fails or by what a mutant may do to its own process.
+# SIGKILL is none of these: it is the system's that lacks memory, or another one's.
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+OUTCOMES = {
+    0: "survived",
+    1: "killed",
+    -signal.SIGXCPU: "timed out",
+    **{-number: "killed" for number in CRASHES},
+}
 
 
 def stem_of(name: str) -> str:
@@ -91,6 +104,10 @@ class Forks:
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
         session.config.pluginmanager.unregister(terminal)
         gc.freeze()  # so that forks share it
+        every = list(self._seconds)
+        if (outcome := self._run(ORIGINAL, every, math.inf)) != "survived":
+            at = every[self._place()].nodeid
+            raise pytest.UsageError(f"without any mutation a fork is {outcome}, at {at}")
         with open(self._outcomes, "a") as file:
             for number, name in enumerate(self._asked):
                 if time.time() > self._deadline:
@@ -100,29 +117,44 @@ class Forks:
         os._exit(0)
 
     def _outcome(self, name: str) -> str:
-        library = self._folder / f"{name}.so"  # a mutant of the compiled step
-        stem = library.suffix if library.exists() else stem_of(name)
-        items = list(self._seconds) if library.exists() else self._items_of.get(stem, [])
+        compiled = self._library(name).exists()
+        stem = ".so" if compiled else stem_of(name)
+        items = list(self._seconds) if compiled else self._items_of.get(stem, [])
         if not items:
             return "untested"
         told = self._told.setdefault(stem, {})
         items = sorted(items, key=lambda item: (-told.get(item, 0), self._seconds[item]))
-        child = os.fork()
-        if not child:
-            self._judge(name, items, library)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 1:
-            killer = items[int.from_bytes(self._killer[:], "little")]
+        outcome = self._run(name, items, self._budget)
+        if outcome == "killed":
+            killer = items[self._place()]
             told[killer] = told.get(killer, 0) + 1
             self._seconds[killer] /= 2  # it is worth more
-        return {0: "survived", -24: "timed out"}.get(status, "killed")
+        return outcome
 
-    def _judge(self, name: str, items: list[Any], library: Path) -> None:
+    def _run(self, name: str, items: list[Any], budget: float) -> str:
+        """Run tests in a fork, for so many seconds of processor time."""
+        child = os.fork()
+        if not child:
+            self._judge(name, items, budget)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status not in OUTCOMES:
+            at = items[self._place()].nodeid
+            raise pytest.UsageError(f"{name}: a fork ended with status {status}, at {at}")
+        return OUTCOMES[status]
+
+    def _library(self, name: str) -> Path:
+        return self._folder / f"{name}.so"  # a mutant of the compiled step
+
+    def _place(self) -> int:
+        return int.from_bytes(self._killer[:], "little")
+
+    def _judge(self, name: str, items: list[Any], budget: float) -> None:
         """Run tests in a child; never returns. A mutant may loop, or ask for all memory."""
         global active
         active = name
         gc.disable()
-        seconds = 10 + int(4 * self._budget)
+        library = self._library(name)
+        seconds = 10 + int(4 * min(budget, 10 + sum(map(self._seconds.get, items))))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         if "ASAN_OPTIONS" not in os.environ:  # which asks for addresses, not for memory
             resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
@@ -133,7 +165,7 @@ class Forks:
                 module = importlib.util.module_from_spec(spec)
                 sys.modules["wavg.compiled"]._compiled = module  # type: ignore[attr-defined]
             for place, item in enumerate(items):
-                if time.process_time() > self._budget:
+                if time.process_time() > budget:
                     break
                 self._killer[:] = place.to_bytes(4, "little")
                 following = items[place + 1] if place + 1 < len(items) else None

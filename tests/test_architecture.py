@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "inputs": "formats errors",
     "recorded": "checkpoint inputs record",
     "grid": "destinations errors formats inputs recorded weights",
-    "sha256sums": "inputs errors",
+    "sha256sums": "checkpoint inputs errors",
     "opening": "checkpoint errors formats shortage",
     "outputs": "checkpoint destinations errors formats opening plan publish publish_folder record "
     "sinks templates temporaries",

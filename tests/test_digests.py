@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -19,7 +20,13 @@ import wavg
 from wavg import digests, stream
 from wavg.cli import main
 from wavg.digests import BUFFER_BYTES, Digests
-from wavg.errors import CheckpointChangedError, CheckpointFormatError, NonFiniteError, WavgError
+from wavg.errors import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    InputError,
+    NonFiniteError,
+    WavgError,
+)
 from wavg.sha256sums import Sums
 
 
@@ -292,6 +299,7 @@ DIGEST, OTHER = "ab" * 32, "cd" * 32
         (f"\\{DIGEST}  a\\\\b\\nc.npz", "a\\b\nc.npz"),
         (f"\\SHA256 (a\\\\b.npz) = {DIGEST}", "a\\b.npz"),
         (f"# of the run\n\n{DIGEST}  ./sub/../m.npz", "m.npz"),
+        (f"\ufeff{DIGEST}  m.npz", "m.npz"),  # as Windows marks UTF-8
     ],
 )
 def test_lists_are_read_as_tools_write_them(tmp_path, line, name):
@@ -328,6 +336,8 @@ def test_names_are_taken_from_the_list_and_else_from_the_current_folder(tmp_path
         ("", "lists no digest"),
         ("# nothing\n", "lists no digest"),
         (f"{DIGEST}  a\n{OTHER}  ./a\n", r"two different digests of \./a"),
+        (f"{DIGEST}  a\n{DIGEST}  b\0c\n", r"sums, line 2: .*b\\x00c' is not a digest and a name"),
+        (f"SHA256 (b\0c) = {DIGEST}\n", "sums, line 1: "),
     ],
 )
 def test_what_is_no_list_is_told(tmp_path, text, message):
@@ -336,11 +346,27 @@ def test_what_is_no_list_is_told(tmp_path, text, message):
         Sums(tmp_path / "sums")
 
 
-def test_a_digest_of_another_kind_is_told(tmp_path):
-    with pytest.raises(WavgError, match="'abc' is not a SHA-256"):
-        Sums({"a.npz": "abc"})
+def test_a_digest_or_a_path_of_another_kind_is_told():
+    for digest in ("abc", DIGEST.encode(), bytes.fromhex(DIGEST), None):
+        with pytest.raises(WavgError, match=re.escape(f"{digest!r} is not a SHA-256 (of a.npz)")):
+            Sums({"a.npz": digest})
+    with pytest.raises(WavgError, match="is no path: it holds a NUL"):
+        Sums({"a\0.npz": DIGEST})
+
+
+def test_a_list_that_is_missing_or_no_file_is_told(tmp_path):
     with pytest.raises(FileNotFoundError):
         Sums(tmp_path / "missing")
+    with pytest.raises(InputError, match=f"cannot read {re.escape(str(tmp_path))}: ") as caught:
+        Sums(tmp_path)
+    assert caught.value.path == str(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_list_as_powershell_writes_it_is_told_as_that(tmp_path, encoding):
+    (tmp_path / "sums").write_bytes(f"\ufeff{DIGEST}  m.npz\r\n".encode(encoding))
+    with pytest.raises(WavgError, match=r"sums is text in UTF-16, .* as `\| Out-File"):
+        Sums(tmp_path / "sums")
 
 
 def test_a_list_of_digests_has_a_limit(tmp_path):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import hf_folders
 import wavg
+from wavg import verification
+from wavg.checkpoint import TensorSpec
 from wavg.cli import main
 
 
@@ -288,3 +294,69 @@ def test_an_input_that_has_no_numbers_any_more_is_a_fault_among_the_others(run, 
     changed, impossible, *_ = wavg.verify(output, run, full=True).faults
     assert changed == f"{path} does not have the SHA-256 recorded for it"
     assert impossible.startswith(f"it cannot be computed again: {path}: w[0, 0] is nan")
+
+
+@pytest.mark.parametrize("where", [None, ".", ["m_1.h5", "m_2.h5"]])
+def test_inputs_are_looked_for_as_they_are_opened(tmp_path, monkeypatch, where):
+    """In a process of their own, as asked for, and with what the dtype is said to be."""
+    h5py = pytest.importorskip("h5py")
+    from wavg.formats import keras_h5
+
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        with h5py.File(f"m_{step}.h5", "w") as file:
+            file.attrs["layer_names"] = [b"d"]
+            file.create_group("d").attrs["weight_names"] = [b"k"]
+            file["d"].create_dataset("k", data=np.full(3, 0x3F80 + step, "<u2").view("V2"))
+    told = {"opaque_dtype": "bfloat16", "isolate": True}
+    wavg.average_checkpoints("m_*.h5", "average.safetensors", **told)
+
+    def here(path, **options):
+        raise AssertionError(f"{path} is read in this process")
+
+    monkeypatch.setattr(keras_h5, "read_index", here)
+    assert wavg.verify("average.safetensors", where, full=True, **told).faults == ()
+    with pytest.raises(wavg.WavgError, match="no record"):  # whatever is taken for an average
+        wavg.verify("m_1.h5", **told)
+
+
+def test_differences_that_threads_find_at_once_are_all_counted():
+    meeting = threading.Barrier(2)
+
+    class Wrong(dict):
+        def get(self, *arguments):
+            found = super().get(*arguments)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.2)  # for the other thread, if that may count now
+            return found
+
+    class Made:
+        def spec(self, name):
+            return TensorSpec(name, "float32", (2,))
+
+        def read(self, spec, start, out):
+            out[...] = 0
+
+    decision = SimpleNamespace(spec=Made().spec("w"))
+    sink = verification._Comparison(Made(), [verification._Part(decision, "w", 0)])
+    sink._wrong = Wrong()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda n: sink.write("w", n, np.ones(1, np.float32)), (1, 0)))
+    (fault,) = sink.faults()
+    assert fault.startswith("w: 2 of the numbers compared differ ")
+    assert fault.endswith("the first at position 0")
+
+
+def test_folders_beside_the_output_that_may_not_be_read_are_passed_over(
+    run, output, tmp_path, monkeypatch
+):
+    (tmp_path / "another user's").mkdir()
+    original = os.listdir
+
+    def listdir(path="."):
+        if str(path).endswith("another user's"):
+            raise PermissionError(path)
+        return original(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert wavg.verify(output).faults == ()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+from wavg.checkpoint import reading
 from wavg.errors import WavgError
 from wavg.inputs import PathLike
 
 __all__ = ["Sums", "SumsLike"]
 
 SumsLike: TypeAlias = "PathLike | Mapping[PathLike, str]"
-_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
-_TAGGED = re.compile(r"(\\?)SHA256 ?\((.+)\) ?= ?([0-9a-fA-F]{64})")
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *]([^\0]+)")
+_TAGGED = re.compile(r"(\\?)SHA256 ?\(([^\0]+)\) ?= ?([0-9a-fA-F]{64})")
 _ESCAPED = {r"\\": "\\", r"\n": "\n", r"\r": "\r"}
 _LONGEST = 100 << 20
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Sums:
@@ -32,7 +35,7 @@ class Sums:
     Raises
     ------
     WavgError
-        A line is no such one, or a file has two digests.
+        A line is no such one, or a file has two digests; the system cannot read the list.
     FileNotFoundError
         There is no such list.
 
@@ -74,19 +77,30 @@ class Sums:
 def _checked(pairs: Iterable[tuple[PathLike, str]]) -> list[tuple[str, str]]:
     result = []
     for name, digest in pairs:
-        if re.fullmatch("[0-9a-fA-F]{64}", digest) is None:
-            raise WavgError(f"{digest!r} is not a SHA-256 (of {name}): expected 64 hex digits")
-        result.append((os.fspath(name), digest))
+        if not isinstance(digest, str) or re.fullmatch("[0-9a-fA-F]{64}", digest) is None:
+            raise WavgError(
+                f"{digest!r} is not a SHA-256 (of {name}): expected a text of 64 hex digits"
+            )
+        path = os.fspath(name)
+        if "\0" in path:
+            raise WavgError(f"{path!r} is no path: it holds a NUL")
+        result.append((path, digest))
     return result
 
 
 def _read(path: str) -> list[tuple[str, str]]:
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         raw = file.read(_LONGEST + 1)
     if len(raw) > _LONGEST:
         raise WavgError(f"{path} is too long for a list of digests", path=path)
+    if raw.startswith(_UTF16):
+        raise WavgError(
+            f"{path} is text in UTF-16, as Windows PowerShell's > writes it; save it as UTF-8, as "
+            "`| Out-File -Encoding utf8 FILE` does",
+            path=path,
+        )
     pairs = []
-    for number, line in enumerate(os.fsdecode(raw).split("\n"), 1):
+    for number, line in enumerate(os.fsdecode(raw.removeprefix(codecs.BOM_UTF8)).split("\n"), 1):
         text = line.rstrip("\r")
         if not text.strip() or text.startswith("#"):
             continue

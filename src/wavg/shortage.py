@@ -10,8 +10,13 @@ from wavg.errors import OutOfMemoryError, WavgError
 
 __all__ = ["shortages"]
 
-# What Python says of a library that gave none, and OpenSSL, which makes digests, of itself.
-_NO_REASON = r"without (setting an exception|exception set)|^\[digital envelope routines\]"
+# What Python says of a library that gave none; and OpenSSL, which makes digests, where allocations
+# fail (other reasons, as "unsupported" of an algorithm that is not allowed, are none of memory).
+_NO_REASON = (
+    r"without (setting an exception|exception set)"
+    r"|^\[digital envelope routines\b.*\] "
+    "(initialization error|not able to copy ctx|malloc failure)$"
+)
 _NO_THREAD = ("can't start new thread", "can't allocate")  # Python's words; it has no type for it
 
 

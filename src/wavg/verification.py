@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from wavg.stored import open_checkpoint
 __all__ = ["Verification", "verify"]
 
 _BLOCK = 4096
+_Open = Callable[[str], Checkpoint]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,13 @@ def verify(
     """
     if blocks < 1:
         raise ValueError(f"blocks must be a positive number, not {blocks}")
-    with open_checkpoint(output) as made:
+    open_ = functools.partial(open_file, opaque_dtype=opaque_dtype, isolate=isolate)
+    with open_checkpoint(output, opaque_dtype=opaque_dtype, isolate=isolate) as made:
         record = _record(made)
         if inputs is None:
-            paths = _located(record, _candidates(os.path.abspath(made.path)), made.path)
+            paths = _located(record, _candidates(os.path.abspath(made.path)), made.path, open_)
         else:
-            paths = _located(record, [[_given(inputs)]], made.path, whatever_size=True)
+            paths = _located(record, [[_given(inputs)]], made.path, open_, whatever_size=True)
         workers = workers if workers is not None else available_cores()
         options = _options(
             record,
@@ -229,6 +233,7 @@ def _located(
     record: Record,
     rings: Iterable[Sequence[Sequence[str]]],
     output: str,
+    open_: _Open,
     *,
     whatever_size: bool = False,
 ) -> list[str]:
@@ -240,9 +245,9 @@ def _located(
     sizes = [source.size for source in sources]
     missing = [source.name for source in sources]
     for ring in rings:
-        found = [[_within(source, place, output) for source in sources] for place in ring]
+        found = [[_within(source, place, output, open_) for source in sources] for place in ring]
         here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
-        fitting = [paths for paths in here.values() if _sizes(paths) == sizes]
+        fitting = [paths for paths in here.values() if [_size(p, open_) for p in paths] == sizes]
         if len(fitting) > 1:
             folders = ", ".join(os.path.dirname(paths[0]) for paths in fitting[:3])
             raise WavgError(
@@ -263,7 +268,7 @@ def _located(
     )
 
 
-def _within(source: Source, place: Sequence[str], output: str) -> str:
+def _within(source: Source, place: Sequence[str], output: str, open_: _Open) -> str:
     """Return where in a place an input is, or nothing; the output is not its own input."""
     name = source.name
     found = []
@@ -276,7 +281,7 @@ def _within(source: Source, place: Sequence[str], output: str) -> str:
             found.append(path)
     found = [path for path in found if not os.path.samefile(path, output)]
     if len(found) > 1:
-        found = [path for path in found if _size(path) == source.size] or found
+        found = [path for path in found if _size(path, open_) == source.size] or found
     return found[0] if found else ""
 
 
@@ -291,20 +296,16 @@ def _ends_with(path: str, name: str) -> bool:
 def _checkpoint_of(folder: str) -> str | None:
     try:
         return checkpoint_in(folder)
-    except CheckpointFormatError:
+    except (CheckpointFormatError, PermissionError):
         return None  # whatever is in it, it is not one of the inputs
 
 
-def _sizes(paths: Iterable[str]) -> list[int]:
-    return [_size(path) for path in paths]
-
-
-def _size(path: str) -> int:
+def _size(path: str, open_: _Open) -> int:
     try:
-        with open_file(path) as checkpoint:
+        with open_(path) as checkpoint:
             return sum(identity.size for identity in checkpoint.index.files)
-    except WavgError:
-        return -1  # no checkpoint, so not one of the inputs
+    except (WavgError, PermissionError):
+        return -1  # no checkpoint of this user's, so not one of the inputs
 
 
 def _changes(
@@ -401,6 +402,7 @@ class _Comparison:
             part.decision.spec.name: (made.spec(part.name), part.start) for part in parts
         }
         self._wrong: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()  # threads write, also parts of one tensor
 
     def wants(self, name: str) -> bool:
         """Do as `wavg.checkpoint.Sink.wants` says."""
@@ -420,9 +422,10 @@ class _Comparison:
         size = values.itemsize
         rows = [array.view(np.uint8).reshape(-1, size) for array in (values, there)]
         wrong = np.flatnonzero((rows[0] != rows[1]).any(axis=1))
-        before = self._wrong.get(spec.name, (0, spec.size))
-        place = min(before[1], first + start + int(wrong[0]))
-        self._wrong[spec.name] = before[0] + len(wrong), place
+        place = first + start + int(wrong[0])
+        with self._lock:
+            count, before = self._wrong.get(spec.name, (0, place))
+            self._wrong[spec.name] = count + len(wrong), min(before, place)
 
     def faults(self) -> Iterator[str]:
         """Tell what differs, tensor by tensor."""

@@ -147,7 +147,7 @@ class Reader:
 
     def _fate(self, code: int | None, late: bool) -> str:
         unlimited = "; isolate=False (--no-isolate) sets no limit"
-        ended = signal.Signals(-code).name if code is not None and code < 0 else ""
+        ended = _name_of(-code) if code is not None and code < 0 else ""
         if late or ended == "SIGALRM":
             return f"reading it took more than {self.limits.wall:g} s{unlimited}"
         if ended == "SIGPROF":
@@ -157,6 +157,11 @@ class Reader:
         if ended:
             return f"the HDF5 library crashed on it ({ended})"
         return f"the process that read it ended without an answer (exit code {code})"
+
+
+def _name_of(number: int) -> str:
+    names = [one.name for one in signal.Signals if one == number]
+    return names[0] if names else f"signal {number}"  # as most real-time ones
 
 
 _READER = Reader()  # one a process: the files of a run share it
