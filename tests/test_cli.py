@@ -757,3 +757,29 @@ def test_bars_are_ascii_where_the_terminal_is(run):
 
 def test_inspect_works_where_the_terminal_is_ascii(run):
     assert process("inspect", FILES[0], PYTHONIOENCODING="ascii").returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_report_that_cannot_be_printed_does_not_hide_that_the_work_is_done(tmp_path):
+    inputs = [str(tmp_path / f"m_{step}.safetensors") for step in (1, 2)]
+    for path in inputs:
+        wavg.save(path, {"w": np.float32([1])})
+    output = tmp_path / "average.safetensors"
+    command = [sys.executable, "-m", "wavg", "average", *inputs, "-o", str(output)]
+    for unbuffered in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*command, "--overwrite"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=environment,
+            )
+        assert done.returncode == 1
+        assert done.stderr == (
+            "wavg: standard output takes no more: No space left on device; "
+            "what was done by then stands\n"
+        )
+        assert wavg.load(output)

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
     except KeyboardInterrupt as stop:
         told = stop.args[0] if stop.args else "interrupted; nothing is half-written"
         print(f"wavg: {told}", file=sys.stderr)
@@ -76,11 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (WavgError, OSError) as error:
         lines = _shorten(_told(error).split("\n"), _SHOWN_DIFFERENCES)
         print("\n".join(map(printable, lines)), file=sys.stderr)
+        if _unprinted(error):
+            _drop_output()
         return 1
     return 0
 
 
+def _drop_output() -> None:
+    """Have what is still to be printed go nowhere, at the interpreter's end, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unprinted(error: Exception) -> bool:
+    """Whether it was printing that the system refused: of files, errors have the names."""
+    if isinstance(error, WavgError) or not isinstance(error, OSError):
+        return False
+    return error.errno is not None and not error.filename
+
+
 def _told(error: Exception) -> str:
+    if _unprinted(error):
+        why = os.strerror(getattr(error, "errno", 0))
+        return f"wavg: standard output takes no more: {why}; what was done by then stands"
     if isinstance(error, OSError) and not isinstance(error, WavgError) and error.filename:
         return f"wavg: {error.filename}: {error.strerror}"
     return f"wavg: {error}"

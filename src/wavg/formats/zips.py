@@ -158,7 +158,12 @@ def _check(path: str, info: zipfile.ZipInfo, names: Mapping[str, int]) -> None:
     if info.compress_type not in (STORED, DEFLATED):
         raise bad_member(path, name, "is compressed in a way other than deflate")
     if info.file_size > _LARGEST_RATIO * max(info.compress_size, 1):
-        raise bad_member(path, name, f"would unpack to more than {_LARGEST_RATIO} times its size")
+        raise bad_member(
+            path,
+            name,
+            f"would unpack to more than {_LARGEST_RATIO} times its size, as what is made to fill a "
+            "memory does; if it is sound (all of it one number), save it without compression",
+        )
     if info.compress_type == STORED and info.file_size != info.compress_size:
         raise bad_member(path, name, "is stored in a size that is not its own")
 
