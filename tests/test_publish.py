@@ -477,3 +477,15 @@ def test_a_file_system_that_does_not_know_its_size_is_trusted(tmp_path, monkeypa
     refuse_full(f"{tmp_path}/out", 1 << 62)
     monkeypatch.undo()
     refuse_full(f"{tmp_path}/missing/out", 1 << 62)
+
+
+def test_a_folder_that_cannot_be_withdrawn_is_told_as_that(tmp_path, monkeypatch):
+    def refuse(old, new):
+        raise OSError(errno.EIO, "the disk says no")
+
+    with AtomicFolder(str(tmp_path / "out")) as folder:
+        folder.file("a").write(b"new", 0)
+        folder.commit()
+        monkeypatch.setattr(os, "rename", refuse)
+        assert not folder.withdraw()
+    assert (tmp_path / "out" / "a").read_bytes() == b"new"

@@ -51,11 +51,11 @@ class Output(NamedTuple):
     proved: Callable[[], None] | None = None
 
     def note(self, record: str) -> None:
-        """Write another record, of the same length, where the output has one."""
-        if self.noted is not None:
-            for template, file in zip(self.noted(record), self.files, strict=True):
-                for offset, data in template.pieces:
-                    file.write(data, offset)
+        """Write another record, of the same length, in the place of the one the output has."""
+        assert self.noted is not None  # only what keeps one is given another
+        for template, file in zip(self.noted(record), self.files, strict=True):
+            for offset, data in template.pieces:
+                file.write(data, offset)
 
     def finish(self) -> None:
         """Do what is left when all numbers are written."""
