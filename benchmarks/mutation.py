@@ -146,7 +146,7 @@ def run(
     """
     source = source or folder
     (folder / "asked.json").write_text(json.dumps(names))
-    plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "--assert=plain", "-q")
+    plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "-n", "0", "--assert=plain", "-q")
     command = [sys.executable, "-m", "pytest", *plugin, *group.options, *group.tests]
     environment = {
         "PYTHONPATH": os.pathsep.join((str(source / "src"), str(Path(__file__).parent))),
