@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--only", help="a regular expression of mutants to run")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of processor, for a mutant")
+    parser.add_argument("--seconds", type=float, default=6, help="of processor, for a mutant")
     parser.add_argument("--minutes", type=float, default=40)
     options = parser.parse_args()
     group = GROUPS[options.group]

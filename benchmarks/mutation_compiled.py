@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--sample", type=int, default=150)
-    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--look", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -113,7 +113,8 @@ class Forks:
                 if time.time() > self._deadline:
                     break
                 print(name, self._outcome(name), sep="\t", file=file, flush=True)
-                print(f"\r{number + 1} of {len(self._asked)}", end="", file=sys.__stderr__)
+                if sys.__stderr__.isatty():
+                    print(f"\r{number + 1} of {len(self._asked)}", end="", file=sys.__stderr__)
         os._exit(0)
 
     def _outcome(self, name: str) -> str:
