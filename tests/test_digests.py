@@ -17,7 +17,7 @@ import pytest
 
 import hf_folders
 import wavg
-from wavg import digests, stream
+from wavg import digests, tasks, workers
 from wavg.cli import main
 from wavg.digests import BUFFER_BYTES, Digests
 from wavg.errors import (
@@ -57,14 +57,14 @@ def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(tmp_path,
     ending = ".safetensors"
     folder = large_run(tmp_path / "run", ending)
     made, begun, read = [], [], []
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 1 << 20)
 
     class Watched(Digests):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             made.append(self)
 
-    average = stream._Job._average
+    average = workers.Job._average
 
     def averaged(self, task, scratch):
         (passing,) = made
@@ -81,7 +81,7 @@ def test_digests_are_ahead_of_what_is_averaged_and_read_each_byte_once(tmp_path,
     exactly = digests.read_exactly
     monkeypatch.setattr(digests, "read_exactly", reading)
     monkeypatch.setattr("wavg.files.Digests", Watched)
-    monkeypatch.setattr(stream._Job, "_average", averaged)
+    monkeypatch.setattr(workers.Job, "_average", averaged)
     wavg.average_checkpoints(folder, tmp_path / f"a{ending}", record="sha256", workers=2)
     assert any(begun)  # some was averaged before all was read
     assert sum(read) == sum(file.stat().st_size for file in folder.iterdir())
@@ -122,8 +122,8 @@ def test_digests_that_nothing_would_keep_are_not_made(tmp_path):
 def test_a_checksum_of_all_of_a_file_is_made_as_it_is_averaged(tmp_path, monkeypatch):
     for step in range(2):
         np.savez(tmp_path / f"m_{step}.npz", w=np.full(1_000_000, step, np.float32))
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
-    average, positions = stream._Job._average, []
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 1 << 20)
+    average, positions = workers.Job._average, []
 
     class Watched(Digests):
         def reach(self, ends):
@@ -135,7 +135,7 @@ def test_a_checksum_of_all_of_a_file_is_made_as_it_is_averaged(tmp_path, monkeyp
         return average(self, task, scratch)
 
     monkeypatch.setattr("wavg.files.Digests", Watched)
-    monkeypatch.setattr(stream._Job, "_average", averaged)
+    monkeypatch.setattr(workers.Job, "_average", averaged)
     assert wavg.average_checkpoints(tmp_path, workers=1)["w"][-1] == 0.5
     assert len(positions) > 3
     assert max(positions[0]) < 3_000_000  # and not to the end
@@ -143,7 +143,7 @@ def test_a_checksum_of_all_of_a_file_is_made_as_it_is_averaged(tmp_path, monkeyp
 
 @pytest.mark.parametrize("place", [0, 250_000, -1])
 def test_damage_anywhere_in_a_large_member_is_found(tmp_path, monkeypatch, place):
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 19)
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 1 << 19)
     for step in range(2):
         np.savez(tmp_path / f"m_{step}.npz", w=np.full(500_000, step, np.float32))
     path = tmp_path / "m_1.npz"
@@ -164,7 +164,7 @@ def test_digests_that_are_only_recorded_are_not_made_where_the_run_ends_in_an_er
         {f"t{n}": np.full(150_000, np.nan, np.float32) for n in range(4)},
         overwrite=True,
     )
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 1 << 20)
     read, exactly = [], digests.read_exactly
 
     def reading(descriptor, offset, out):

@@ -12,7 +12,7 @@ import pytest
 
 import wavg
 from contract import read_bytes
-from wavg import compiled, kernel, stream
+from wavg import compiled, kernel, stream, workers
 from wavg.checkpoint import Checkpoint
 
 
@@ -298,8 +298,8 @@ def test_ctrl_c_leaves_nothing_behind(run, tmp_path):
 
     glob = run(*kernels(np.ones(5000), np.ones(5000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.Combiner, "__call__", lambda *_: interrupt(0))
-        patch.setattr(stream.Combiner, "from_files", lambda *_: interrupt(0))
+        patch.setattr(workers.Combiner, "__call__", lambda *_: interrupt(0))
+        patch.setattr(workers.Combiner, "from_files", lambda *_: interrupt(0))
         with pytest.raises(KeyboardInterrupt):
             wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert not [name for name in os.listdir(tmp_path) if "avg" in name]

@@ -11,7 +11,7 @@ import pytest
 
 import wavg
 from contract import random_array
-from wavg import cli, stream
+from wavg import cli, stream, tasks, workers
 
 WEIGHTS = ["equal", "linear", "exponential:alpha=2"]
 LASTS = [1, 2, 5]
@@ -65,9 +65,9 @@ def test_arrays_come_as_a_list(run):
 def test_every_input_is_read_once(run, monkeypatch):
     folder, suffix = run
     read = []
-    original = stream.Checkpoint.read
+    original = workers.Checkpoint.read
     monkeypatch.setattr(
-        stream.Checkpoint,
+        workers.Checkpoint,
         "read",
         lambda self, spec, start, out: (
             read.append(out.nbytes),
@@ -189,11 +189,11 @@ def test_a_second_run_over_the_folder_does_not_average_the_first_ones_outputs(ru
 
 def test_the_work_is_divided_alike_whatever_the_order_of_the_lasts(run, monkeypatch):
     folder, suffix = run
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 5 * 1200 * 8)
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 5 * 1200 * 8)
     chunks = []
-    original = stream._Job.__call__
+    original = workers.Job.__call__
     monkeypatch.setattr(
-        stream._Job,
+        workers.Job,
         "__call__",
         lambda self, chunk: (chunks.append(len(chunk)), original(self, chunk))[1],
     )

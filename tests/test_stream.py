@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import wavg
-from wavg import stream
+from wavg import stream, tasks
 
 
 class Taker:
@@ -34,7 +34,7 @@ def started(tmp_path, monkeypatch):
     paths = [tmp_path / f"m_{step}.safetensors" for step in range(2)]
     for path, model in zip(paths, models, strict=True):
         wavg.save(path, model)
-    monkeypatch.setattr(stream, "_CHUNK_BYTES", 2 * 2 * 10 * 4)
+    monkeypatch.setattr(tasks, "_CHUNK_BYTES", 2 * 2 * 10 * 4)
 
     def start(written, workers=1, **options):
         plan = dataclasses.replace(wavg.plan_average(paths), block=10, workers=workers)
