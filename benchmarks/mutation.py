@@ -57,19 +57,30 @@ GROUPS = {
             "rounding",
             "exact",
         ),
-        ("tests/test_kernel_parts.py", "tests/test_compiled.py", "tests/test_kernel.py"),
+        (
+            "ieee",
+            "combination",
+            "rounding",
+            "exact",
+            "first_steps",
+            "leftovers",
+            "kernel_memory",
+            "ladder",
+            "compiled",
+            "kernel",
+        ),
         FIXED,
     ),
     "plan": Group(
         ("options", "alignment", "quantised", "decisions", "budget", "plan", "runs"),
         (
-            "tests/test_options.py",
-            "tests/test_alignment.py",
-            "tests/test_quantised.py",
-            "tests/test_decisions.py",
-            "tests/test_budget.py",
-            "tests/test_plan.py",
-            "tests/test_runs.py",
+            "options",
+            "alignment",
+            "quantised",
+            "decisions",
+            "budget",
+            "plan",
+            "runs",
         ),
         FIXED,
     ),
@@ -146,8 +157,9 @@ def run(
     """
     source = source or folder
     (folder / "asked.json").write_text(json.dumps(names))
+    tests = (f"tests/test_{name}.py" for name in group.tests)
     plugin = ("-p", "mutation_run", "-p", "no:cacheprovider", "-n", "0", "--assert=plain", "-q")
-    command = [sys.executable, "-m", "pytest", *plugin, *group.options, *group.tests]
+    command = [sys.executable, "-m", "pytest", *plugin, *group.options, *tests]
     environment = {
         "PYTHONPATH": os.pathsep.join((str(source / "src"), str(Path(__file__).parent))),
         "MUTATION_FOLDER": str(folder),
