@@ -102,6 +102,71 @@ def test_the_compiled_step_flags_only_what_it_left():
     assert np.flatnonzero(portion.flags[0]).tolist() == [1500]
 
 
+FORMATS = {
+    # the last bit of 1, the smallest number, a window that the format has room for
+    "float32": (2.0**-23, 2.0**-149, 2.0**-10),
+    "bfloat16": (2.0**-7, 2.0**-133, 2.0**-10),
+    "float16": (2.0**-10, 2.0**-24, 2.0**-4),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_the_compiled_step_sees_a_number_that_is_not_finite_in_every_row(name, outputs):
+    ours = compiled.Compiled(Combination.of(np.ones((outputs, 9))), lookup(name), FLOAT32)
+    for row in range(9):
+        block = np.ones((9, 70)).astype(lookup(name).numpy)
+        block[row, 66] = np.inf
+        (portion,) = ours.in_memory(block, np.empty((outputs, 70), np.float32))
+        assert portion.flags is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("row", range(9))
+def test_the_compiled_step_takes_sums_for_exact_within_the_window_and_no_further(name, row):
+    """Of nine rows two make a tie, and one more has the smallest number; it has no weight."""
+    bit, least, window = FORMATS[name]
+    bound = (1 + bit) * window  # the largest number is 1 + bit
+    block = np.ones((9, 4))
+    block[(row + 1) % 9] = 1 + bit
+    block[row] = bound, bound - bit * window, least, 0.0
+    weights = np.zeros(9)
+    weights[[(row + 1) % 9, (row + 2) % 9]] = 1.0
+    outs, flags = np.empty(4, lookup(name).numpy), np.empty(4, bool)
+    given = {
+        "block": block.astype(lookup(name).numpy).reshape(-1).view(np.uint8),
+        "outs": outs.view(np.uint8),
+        "flags": flags.view(np.uint8),
+        "counts": np.zeros(8, np.uint8),
+        "matrix": weights.view(np.uint8),
+        "rows": np.array([2.0, window, 2.0**-50]).view(np.uint8),
+    }
+    settle(**given, **dict.fromkeys(("source", "target"), list(FORMATS).index(name)))
+    assert flags.tolist() == [False, True, True, False]
+    assert outs[~flags].tolist() == [1.0, 1.0]  # to even
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_compiled_step_settles_columns_of_zeros_whatever_the_weights(name):
+    ours = compiled.Compiled(Combination.of([0.1, 0.7, 1e-9]), lookup(name), FLOAT32)
+    block, outs = np.zeros((3, 5), lookup(name).numpy), np.ones((1, 5), np.float32)
+    assert list(ours.in_memory(block, outs)) == []
+    assert outs.tolist() == [[0.0] * 5]
+
+
+@pytest.mark.parametrize("there", range(12))
+def test_the_compiled_step_tells_which_file_ends_within_its_row(tmp_path, there):
+    """Where there are more bytes in front of the row than are missing."""
+    (tmp_path / "numbers").write_bytes(np.ones(10, np.float32).tobytes())
+    with open(tmp_path / "numbers", "rb") as file, pytest.raises(EOFError) as caught:
+        files = {
+            "descriptors": np.array([file.fileno()] * 2, np.intc),
+            "offsets": np.array([0, 40 - there]),
+        }
+        settle(True, **{name: array.view(np.uint8) for name, array in files.items()})
+    assert caught.value.args == (1,)
+
+
 def test_the_compiled_step_lets_go_of_all_buffers():
     """A bytearray that is still looked at cannot grow."""
     given = {

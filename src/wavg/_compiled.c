@@ -9,6 +9,7 @@
  *   multiples of the last bit of the smallest |x_k|, and their magnitudes sum to less than 2**52 of
  *   it. `window` is the bound on max|x| / min|x| that says so, upside down.
  * - Otherwise |q - exact| <= error * max|x|, and both ends of that interval round to one output.
+ *   What products lose to underflow is nothing beside that: a number is 0 or at least 2**-149.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -166,7 +167,7 @@ VECTORISED static int divide(double *restrict low, double *restrict high,
     for (int j = 0; j < n; j++) {
         double quotient = low[j] / total;
         double least = LARGER(smallest[j], SMALLEST_NORMAL);
-        double reach = error * largest[j] + 0x1p-1000;
+        double reach = error * largest[j];
         int exact = (largest[j] == 0.0) | (largest[j] * window <= least);
         low[j] = exact ? quotient : quotient - reach;
         high[j] = exact ? quotient : quotient + reach;
@@ -387,7 +388,6 @@ static PyObject *settle(PyObject *self, PyObject *args)
     Py_ssize_t first, stop;
     int source, target;
     (void)self;
-    memset(buffers, 0, sizeof buffers);
     if (!PyArg_ParseTuple(args, "y*w*w*w*y*y*iiny*y*:settle", &buffers[BLOCK], &buffers[OUTS],
                           &buffers[FLAGS], &buffers[COUNTS], &buffers[MATRIX], &buffers[ROWS],
                           &source, &target, &first, &buffers[DESCRIPTORS], &buffers[OFFSETS]))
