@@ -148,10 +148,11 @@ def test_the_compiled_step_takes_sums_for_exact_within_the_window_and_no_further
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_compiled_step_settles_columns_of_zeros_whatever_the_weights(name):
-    ours = compiled.Compiled(Combination.of([0.1, 0.7, 1e-9]), lookup(name), FLOAT32)
-    block, outs = np.zeros((3, 5), lookup(name).numpy), np.ones((1, 5), np.float32)
+    weights = [0.1, 0.7, 1e-9], [1.0, -1.0, 2.0**-1000]  # of the second it settles nothing else
+    ours = compiled.Compiled(Combination.of(weights), lookup(name), FLOAT32)
+    block, outs = np.zeros((3, 5), lookup(name).numpy), np.ones((2, 5), np.float32)
     assert list(ours.in_memory(block, outs)) == []
-    assert outs.tolist() == [[0.0] * 5]
+    assert outs.tolist() == [[0.0] * 5] * 2
 
 
 @pytest.mark.parametrize("there", range(12))
