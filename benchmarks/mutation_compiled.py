@@ -1,18 +1,16 @@
 """Break the compiled step on purpose, as mutation.py does the modules of Python.
 
-    python benchmarks/mutation_compiled.py [--folder FOLDER] [--sample 150]
+    python benchmarks/mutation_compiled.py [--folder FOLDER]
 
 Operators and whole numbers in the text of _compiled.c are changed, one at a time; what still
 compiles (``cc -O1``, with AddressSanitizer if that is there) is loaded in the place of the module,
-in forks of one session of the kernel's tests. A sample of fixed seed is taken, for each takes some
-seconds. Survivors need a reason in survivors.toml, under the name ``_compiled``; they are asked
-again by a second run with the same folder.
+in forks of one session of the kernel's tests. Survivors need a reason in survivors.toml, under the
+name ``_compiled``; they are asked again by a second run with the same folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import re
 import subprocess
 import sys
@@ -111,7 +109,6 @@ def compile_to(path: Path, text: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--sample", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--look", action="store_true", help="run nothing")
@@ -122,19 +119,17 @@ def main() -> None:
     text = SOURCE.read_text("utf-8")
     assert compile_to(folder / "original.so", text)
     every = mutants_of(text)
-    names = random.Random(0).sample(sorted(every), min(options.sample, len(every)))
     known, told = reasons(), outcomes(folder)
-    ask = [name for name in names if name not in told or told[name] == "survived"]
+    ask = [name for name in every if name not in told or told[name] == "survived"]
     ask = [n for n in ask if n not in told or not any(r.explains(every[n][0]) for r in known)]
     ask = [n for n in ask if not options.look and compile_to(folder / f"{n}.so", every[n][1])]
     if ask:
         more = WATCH if SANITIZER.exists() else {}
         run(folder, group, ask, options.seconds, options.minutes, source=ROOT, more=more)
     told = outcomes(folder)
-    mutants = {name: every[name][0] for name in names if name in told}
+    mutants = {name: every[name][0] for name in every if name in told}
     figures, wrong = count(mutants, told, group, known)
-    figures["_compiled"]["possible"] = len(every)
-    print(f"{len(every)} are possible, {len(names)} taken, {len(mutants)} compile")
+    print(f"{len(every)} mutants, of which {len(mutants)} compile")
     print(figures)
     if wrong:
         sys.exit("\n".join(wrong))
