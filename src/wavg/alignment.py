@@ -59,8 +59,7 @@ def align(
                 "averages them so"
             )
         raise StructureMismatchError(
-            f"{count} between the inputs and the newest, {reference.path}{advice}:\n  "
-            + "\n  ".join(differences),
+            f"{count} between the inputs and the newest, {reference.path}{advice}:",
             differences=differences,
         )
     if how == "position":

@@ -19,6 +19,7 @@ from typing import Any
 import wavg
 from wavg import cli_inspect, cli_sweep, cli_weights
 from wavg.cli_options import (
+    Parser,
     add_command,
     add_direction,
     add_inputs,
@@ -30,7 +31,6 @@ from wavg.cli_options import (
     count_of,
     numbers,
     positive,
-    printable,
     shard_size,
 )
 from wavg.errors import WavgError
@@ -41,6 +41,7 @@ from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.options import MIB, RECORDS
 from wavg.plan import Plan
+from wavg.printable import padded, printable
 from wavg.schedule import spell_number
 from wavg.weights import AMPLIFIES
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (WavgError, OSError) as error:
         lines = _shorten(_told(error).split("\n"), _SHOWN_DIFFERENCES)
-        print("\n".join(map(printable, lines)), file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)
         if _unprinted(error):
             _drop_output()
         return 1
@@ -95,12 +96,14 @@ def _unprinted(error: Exception) -> bool:
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, WavgError):
+        return f"wavg: {error}"
     if _unprinted(error):
         why = os.strerror(getattr(error, "errno", 0))
         return f"wavg: standard output takes no more: {why}; what was done by then stands"
-    if isinstance(error, OSError) and not isinstance(error, WavgError) and error.filename:
-        return f"wavg: {error.filename}: {error.strerror}"
-    return f"wavg: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return printable(f"wavg: {error.filename}: {error.strerror}")
+    return printable(f"wavg: {error}")
 
 
 @contextlib.contextmanager
@@ -129,8 +132,8 @@ def _version() -> str:
     return f"wavg {wavg.__version__} (kernel {step})"
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
         prog="wavg", description="Average the checkpoints of a training run, file to file."
     )
     parser.add_argument("--version", action="version", version=_version())
@@ -389,11 +392,11 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     """Describe one average, or what several have in common and then each of them."""
     plan, report = max(made, key=lambda parts: len(parts[0].inputs))
     several = len(made) > 1
-    width = max(len(part.path) for part in plan.inputs)
-    yield f"{'inputs, oldest first':<{width}}  {'step':>10}" + "  weight" * (not several)
-    for part in plan.inputs:
+    title, *names = padded(["inputs, oldest first", *(part.path for part in plan.inputs)])
+    yield f"{title}  {'step':>10}" + "  weight" * (not several)
+    for name, part in zip(names, plan.inputs, strict=True):
         proportion = "" if several else f"  {part.proportion:.4f}"
-        yield f"{part.path:<{width}}  {spell_number(part.step):>10}{proportion}"
+        yield f"{name}  {spell_number(part.step):>10}{proportion}"
     if not several:
         yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)

@@ -6,13 +6,15 @@ import argparse
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
 from wavg.options import MIB, parse_size
+from wavg.printable import printable
 
 __all__ = [
+    "Parser",
     "add_command",
     "add_direction",
     "add_inputs",
@@ -25,7 +27,6 @@ __all__ = [
     "count_of",
     "numbers",
     "positive",
-    "printable",
     "shard_size",
     "size",
 ]
@@ -33,11 +34,19 @@ __all__ = [
 T = TypeVar("T")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show what was given in a printable form; its commands have the same."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with a usage error."""
+        super().error(printable(message))
+
+
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Begin a command; `run` is called with its options."""
-    command: argparse.ArgumentParser = commands.add_parser(
+    command: Parser = commands.add_parser(
         name,
         help=purpose,
         description=purpose[0].upper() + purpose[1:] + ".",
@@ -216,15 +225,3 @@ def bytes_of(number: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def printable(text: str) -> str:
-    r"""Return a text of a file in a form that cannot steer a terminal.
-
-    >>> print(printable("w\x1b[2J"))
-    w\x1b[2J
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )

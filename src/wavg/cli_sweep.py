@@ -25,6 +25,7 @@ from wavg.cli_options import (
 from wavg.cli_weights import known
 from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import WavgError
+from wavg.printable import printable
 
 __all__ = ["add_soup", "add_sweep"]
 
@@ -190,7 +191,7 @@ def _sweep(options: argparse.Namespace) -> None:
         result.plot(options.plot, overwrite=options.overwrite)
     if not (options.quiet or options.json):
         for path in filter(None, (options.output, options.csv, options.plot)):
-            print(f"wrote {path}")
+            print(printable(f"wrote {path}"))
         if not options.output:
             words = ["--weights", str(best.weights), "--last", str(best.n), *_repeated(options)]
             print(f"to write the best: wavg average INPUT... -o OUTPUT {shlex.join(words)}")
@@ -266,4 +267,4 @@ def _soup(options: argparse.Namespace) -> None:
         print(result)
         print(f"{bytes_of(result.bytes_read)} read")
         if options.output:
-            print(f"wrote {options.output}")
+            print(printable(f"wrote {options.output}"))

@@ -15,6 +15,7 @@ from wavg import weights as schedules
 from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
+from wavg.printable import printable
 from wavg.schedule import spell_number
 
 __all__ = ["add_arguments", "amplifies", "figures_line", "gathered", "glyph", "known", "run"]
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_chart(str(rule), steps, merit)))
     print("".join(f"{note}\n" for note in notes), end="")
     if options.plot:
-        print(f"drew {options.plot}")
+        print(printable(f"drew {options.plot}"))
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Itera
 def figures_line(text: str, merit: schedules.Figures, count: int, *, always: bool = False) -> str:
     """Describe weights in one line; an amplification of 1 only if `always`."""
     line = (
-        f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
+        f"weights {printable(text)}: effective number {merit.effective_number:.2f} of {count}, "
         f"mean age {merit.mean_age:.4g} steps"
     )
     if always or merit.amplification > 1.0000001:

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from wavg.printable import printable
+
 __all__ = [
     "CheckpointChangedError",
     "CheckpointFormatError",
@@ -39,7 +41,7 @@ __all__ = [
 
 
 class WavgError(Exception):
-    """The root of every error that wavg raises on purpose.
+    r"""The root of every error that wavg raises on purpose.
 
     Parameters
     ----------
@@ -49,17 +51,33 @@ class WavgError(Exception):
         Raw values for programs (``path``, ``tensor``, ``index``, ``differences`` …); each becomes
         an attribute of the exception.
 
+    Notes
+    -----
+    What is printed is the message, in one line, and below it the differences, if there are any, a
+    line for each. Names in them are shown so that they cannot forge lines or steer a terminal.
+
     Examples
     --------
-    >>> error = WavgError("model.h5: truncated", path="model.h5")
+    >>> error = WavgError("a\nb.h5: truncated", path="a\nb.h5")
+    >>> print(error)
+    a\nb.h5: truncated
     >>> error.path
-    'model.h5'
+    'a\nb.h5'
     """
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         for name, value in details.items():
             setattr(self, name, value)
+
+    @property
+    def message(self) -> str:
+        """What is wrong, with names as they are."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        lines = (f"  {printable(difference)}" for difference in self.differences or ())
+        return "\n".join((printable(self.message), *lines))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("path", "tensor", "index", "differences"):

@@ -25,6 +25,7 @@ from wavg.inputs import PathLike
 from wavg.opening import available_cores, opened, uncollected, verify_unchanged
 from wavg.options import Options, parse_size
 from wavg.plan import Plan, Weighting, make_plans
+from wavg.printable import printable
 from wavg.record import Record, Source, names_within
 from wavg.sha256sums import Sums, SumsLike
 from wavg.shortage import shortages
@@ -60,7 +61,7 @@ class Report:
     differing: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"<Report: {self.output}, {self.plan!r}>"
+        return f"<Report: {printable(self.output)}, {self.plan!r}>"
 
 
 class PlanOptions(TypedDict, total=False):
