@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -783,3 +784,43 @@ def test_a_report_that_cannot_be_printed_does_not_hide_that_the_work_is_done(tmp
             "what was done by then stands\n"
         )
         assert wavg.load(output)
+
+
+SCRIPT = "import sys; from _wavg import main; sys.exit(main())"  # what an installer makes of it
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_it_as_one_and_a_shell_sees_which(run, tmp_path, name, status):
+    (tmp_path / "me.py").write_text(
+        f"import os, signal\ndef end(tensors):\n    os.kill(os.getpid(), signal.{name})\n"
+    )
+    words = [sys.executable, "-c", SCRIPT, "sweep", *FILES, "--evaluate", "me:end", "--minimize"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -getattr(signal, name)
+    assert done.stdout == ""
+    assert re.fullmatch("wavg: interrupted; .*\n", done.stderr)
+    done = subprocess.run(["sh", "-c", '"$@"; echo $?', "sh", *words], capture_output=True)
+    assert done.stdout.split()[-1] == b"%d" % status
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interruption_before_anything_is_begun_is_silent(tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    places = [str(tmp_path), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--version"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_an_interruption_while_arguments_are_read_is_told(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    expected = (130, "", "wavg: interrupted; nothing is half-written\n")
+    assert run("--version") == expected

@@ -54,17 +54,14 @@ _SHOWN_DIFFERENCES = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 an error, 2 usage."""
+    """Run the command line; return the exit code: 0 done, 1 an error, 2 usage, 128 + a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = _parser()
-    if words and words[0] in commands:  # options and inputs may be mixed
-        options = commands[words[0]].parse_intermixed_args(words[1:])
-    else:
-        options = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
+    ended: list[int] = []
     try:
-        with _terminable():
+        with _terminable(ended):
+            options = _parsed(words)
             options.run(options)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         told = stop.args[0] if stop.args else "interrupted; nothing is half-written"
         print(f"wavg: {told}", file=sys.stderr)
-        return 130
+        return 128 + (ended[0] if ended else signal.SIGINT)
     except (WavgError, OSError) as error:
         lines = _shorten(_told(error).split("\n"), _SHOWN_DIFFERENCES)
         print("\n".join(lines), file=sys.stderr)
@@ -81,6 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _drop_output()
         return 1
     return 0
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if words and words[0] in commands:  # options and inputs may be mixed
+        return commands[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def _drop_output() -> None:
@@ -107,19 +111,22 @@ def _told(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """End on SIGTERM and SIGHUP as on Ctrl-C, so that nothing half-written stays behind."""
+def _terminable(ended: list[int]) -> Iterator[None]:
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that nothing half-written stays behind.
+
+    The signal is added to those that `ended` it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
+        ended.append(number)
         raise KeyboardInterrupt
 
-    ends = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        ends.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in ends}
+    ends = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+    heard = [n for n in ends if n and signal.getsignal(n) != signal.SIG_IGN]  # but for nohup
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
