@@ -427,7 +427,9 @@ def plan_average(
 ) -> Plan | list[Plan]:
     """Return what `average_checkpoints` would do, without reading a tensor or writing a byte.
 
-    Parameters are those of `average_checkpoints`; a list where that returns a list.
+    What that refuses before it begins is refused, too: a folder that may not be written to, a disk
+    without room. An output that exists is not. Parameters are those of `average_checkpoints`; a
+    list where that returns a list.
 
     Examples
     --------
@@ -461,6 +463,7 @@ def plan_average(
         outputs.refuse(target, paths[-1], overwrite=True)  # a folder that is missing is told now
     with opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, selection, grid, targets, options)
+        outputs.refuse_full(plans)
         if check_sha256 is not None:
             expected = Sums(check_sha256)
             for identity in (each for c in checkpoints for each in c.index.files):
