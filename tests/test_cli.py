@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -824,3 +826,37 @@ def test_an_interruption_while_arguments_are_read_is_told(run, monkeypatch):
     monkeypatch.setattr(cli, "_parser", interrupted)
     expected = (130, "", "wavg: interrupted; nothing is half-written\n")
     assert run("--version") == expected
+
+
+def advice():
+    """All that messages say of options, as the source has it."""
+    for path in sorted(Path(wavg.__file__).parent.rglob("*.py")):
+        if not path.name.startswith("cli"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield from re.findall(r"[^\s(]*\s?\([^\s)]*--[^)]*\)", node.value)
+
+
+def test_what_a_person_at_a_terminal_is_told_has_no_names_of_python(run):
+    for words, told in [
+        (["-o", FILES[0]], "choose another output, or pass --overwrite$"),
+        (["-o", "/dev/null"], "name a file, or, to write nothing, use --dry-run$"),
+        (["-o", "a.npz", "--last", "9"], "^wavg: --last must be between 1 and 4"),
+        (["-o", "a.npz", "--sha256"], "leave --sha256 out, or write safetensors$"),
+        (["-o", "a.npz", "--max-memory", "1"], "allow more with --max-memory$"),
+    ]:
+        assert_fails(run("average", *FILES, *words), told)
+
+
+def test_advice_names_an_option_of_python_and_behind_it_one_of_the_command_line():
+    options = {
+        option
+        for command in cli._parser()[1].values()
+        for action in command._actions
+        for option in action.option_strings
+    }
+    found = list(advice())
+    assert len(found) > 15
+    for text in found:
+        shown = cli._BOTH_NAMES.sub(r"\1", text.replace("\n", " ").strip("`"))
+        assert re.match("--[a-z0-9-]+", shown)[0] in options, text

@@ -49,6 +49,7 @@ __all__ = ["main"]
 
 _SHOWN_PAIRS = 60
 _STATISTICS = re.compile("running_mean|moving_mean|batch_normalization")
+_BOTH_NAMES = re.compile(r"\b[a-z]\w*(?:=\S+)? \((--[a-z][^()]*)\)")  # overwrite=True (--overwrite)
 _SHOWN = 12  # rows of a long list before the rest is counted
 _SHOWN_DIFFERENCES = 60
 
@@ -101,7 +102,7 @@ def _unprinted(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     if isinstance(error, WavgError):
-        return f"wavg: {error}"
+        return "wavg: " + _BOTH_NAMES.sub(r"\1", str(error))
     if _unprinted(error):
         why = os.strerror(getattr(error, "errno", 0))
         return f"wavg: standard output takes no more: {why}; what was done by then stands"

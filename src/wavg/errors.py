@@ -15,6 +15,9 @@
     ├── OutOfMemoryError        (MemoryError)      the system has no memory, or thread, for it
     └── MissingDependencyError  (ImportError)      an optional package is needed
 
+Advice has the names of Python with the command line's behind them, as in ``overwrite=True
+(--overwrite)``; the command line shows only its own.
+
 A missing input stays `FileNotFoundError`, a wrong argument type `TypeError`.
 """
 

@@ -160,7 +160,7 @@ def _checked(last: int | None, count: int) -> int:
     if last is not None and not 1 <= last <= count:
         advice = f"; leave it away for all, or take lawa:last={last}, which takes what there is"
         raise WeightError(
-            f"last must be between 1 and {count}, the number of checkpoints, not {last}"
+            f"last (--last) must be between 1 and {count}, the number of checkpoints, not {last}"
             + advice * (last > count)
         )
     return last or count

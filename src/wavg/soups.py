@@ -222,8 +222,8 @@ def soup(
     elif budget is not None and budget <= len(paths):
         raise WavgError(
             f"a budget of {budget} evaluations leaves none for a soup: each of {len(paths)} "
-            "checkpoints is scored alone first. Allow more, take fewer (last, --last), or give "
-            "recorded scores (metrics, --metrics)"
+            "checkpoints is scored alone first. Allow more, take fewer with last (--last), or "
+            "give recorded scores with metrics (--metrics)"
         )
     options: dict[str, Any] = {
         "dtype": dtype,

@@ -179,7 +179,7 @@ def _record(made: Checkpoint) -> Record:
     if record is None:
         raise WavgError(
             f"{made.path} has no record of how it came to be; average_checkpoints keeps one in "
-            "safetensors, unless record='none'",
+            "safetensors, unless record='none' (--record none)",
             path=made.path,
         )
     if not record.sources:
