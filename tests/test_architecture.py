@@ -108,9 +108,9 @@ MAY_IMPORT = {
     "selection subjects errors",
     "demo": FACE,
     "picture": "errors weights",
-    "cli_options": "alignment options",
+    "cli_options": "alignment formats options",
     "cli_sweep": "destinations errors cli_options cli_weights soups sweeps sweep_picture",
-    "cli_weights": "formats grid inputs picture schedule weights",
+    "cli_weights": "cli_options formats grid inputs picture schedule weights",
     "cli_inspect": "stored checkpoint cli_options cli_weights errors record verification",
     "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
     f"selection schedule weights errors inputs options plan {FACE}",

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import wavg
 from wavg import cli, demo, picture
 from wavg import weights as schedules
+from wavg.formats import FORMATS
 
 STEPS = (1, 2, 9, 10)
 FILES = [f"m_{step}.safetensors" for step in STEPS]
@@ -338,11 +340,39 @@ def test_the_version_is_the_packages(run):
     assert re.fullmatch(rf"wavg {re.escape(wavg.__version__)} \(kernel .+\)\n", out)
 
 
-@pytest.mark.parametrize("command", ["average", "weights", "inspect", "demo"])
+COMMANDS = sorted(cli._parser()[1])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_gives_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
-    assert f"example: wavg {command}" in " ".join(out.split())
+    assert out.partition("\nexample:\n")[2].startswith(f"  wavg {command} ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_understood(command):
+    parser = cli._parser()[1][command]
+    example = parser.epilog.splitlines()[1]
+    parser.parse_intermixed_args(shlex.split(example)[2:])
+
+
+def test_help_has_the_options_in_parts(run):
+    out = run("average", "--help")[1]
+    parts = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
+    assert parts == [
+        *("options", "inputs", "recorded metrics", "weights", "output", "numbers"),
+        *("resources", "trust", "printing", "example"),
+    ]
+    assert re.findall("  -.*", out.partition("\noptions:")[2].partition("\n\n")[0]) == [
+        "  -h, --help            show this help message and exit"
+    ]
+
+
+@pytest.mark.parametrize("command", ["average", "sweep", "soup"])
+def test_help_lists_the_endings_of_outputs(run, command):
+    out = run(command, "--help")[1]
+    assert all(suffix in out for row in FORMATS for suffix in row.suffixes)
 
 
 # wavg weights

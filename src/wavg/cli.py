@@ -23,13 +23,16 @@ from wavg.cli_options import (
     add_command,
     add_direction,
     add_inputs,
+    add_isolate,
     add_json,
     add_limits,
     add_metrics,
+    add_output,
+    add_overwrite,
+    add_quiet,
     add_tensors,
     bytes_of,
     count_of,
-    numbers,
     positive,
     shard_size,
 )
@@ -142,30 +145,22 @@ def _version() -> str:
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(
-        prog="wavg", description="Average the checkpoints of a training run, file to file."
+        prog="wavg",
+        description="Average the checkpoints of a training run, file to file.",
+        epilog="`wavg COMMAND --help` has a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_average(
         add_command(
             commands,
             "average",
             _average,
             "average checkpoints into one file",
-            """\
-            wavg average run/model_*.h5 -o average.h5 --weights linear --last 5""",
+            "wavg average run/model_*.h5 -o average.h5 --weights linear --last 5",
         )
     )
-    command = add_command(
-        commands,
-        "weights",
-        cli_weights.run,
-        "show the weights of a schedule",
-        """\
-            wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png""",
-    )
-    cli_weights.add_arguments(command, positive, numbers)
-    add_json(command)
+    cli_weights.add_weights(commands)
     cli_inspect.add_inspect(commands)
     cli_inspect.add_verify(commands)
     cli_sweep.add_sweep(commands)
@@ -175,8 +170,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "demo",
         _demo,
         "the whole story on a real training run",
-        """\
-            wavg demo wavg-demo""",
+        "wavg demo wavg-demo",
     )
     command.add_argument(
         "folder",
@@ -188,25 +182,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
-def _add_average(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+def _add_average(command: Parser) -> None:
     add_inputs(command)
-    add(
-        "-o",
-        "--output",
-        required=True,
-        metavar="OUTPUT",
-        help="the file to write, or a folder like the newest checkpoint's; {weights} and {last} in "
-        "its name stand for those of an average",
-    )
-    add(
-        "--weights",
-        action="append",
-        metavar="SPEC",
-        help=f"{cli_weights.known()} (default: equal); given several times, so many averages are "
-        "made in one pass",
-    )
-    add(
+    inputs = command.part("inputs").add_argument
+    inputs(
         "--last",
         action="append",
         type=positive,
@@ -214,28 +193,34 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="only the newest N; several times: an average of each",
     )
     add_metrics(command)
-    add(
+    command.part("recorded metrics").add_argument(
         "--best",
         type=positive,
         metavar="K",
         help="only the K checkpoints that are best by their recorded metrics",
     )
-    add_direction(command, required=False)
-    add_tensors(command)
+    add_direction(command, "recorded metrics", required=False)
+    command.part("weights").add_argument(
+        "--weights",
+        action="append",
+        metavar="SPEC",
+        help=f"{cli_weights.known()} (default: equal); given several times, so many averages are "
+        "made in one pass",
+    )
+    add_output(
+        command,
+        "the file to write, in which {weights} and {last} stand for those of an average",
+        required=True,
+    )
+    add = command.part("output").add_argument
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
+    add_overwrite(command, "an existing output")
     add(
         "--optimizer",
         choices=("carry", "drop"),
         default="carry",
         help="what becomes of the newest checkpoint's optimizer state (default: %(default)s)",
     )
-    add(
-        "--integers",
-        choices=("reference", "error"),
-        default="reference",
-        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
-    )
-    add("--dry-run", action="store_true", help="print the plan, write nothing")
-    add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--record",
         choices=RECORDS,
@@ -251,21 +236,29 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="the same as --record sha256",
     )
     add(
-        "--check-sha256",
-        metavar="FILE",
-        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
-        "not listed, is refused",
-    )
-    add(
         "--max-shard-size",
         type=shard_size,
         metavar="SIZE",
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
     )
+    add_tensors(command)
+    command.part("numbers").add_argument(
+        "--integers",
+        choices=("reference", "error"),
+        default="reference",
+        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
+    )
     add_limits(command)
+    add_isolate(command)
+    command.part("trust").add_argument(
+        "--check-sha256",
+        metavar="FILE",
+        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
+        "not listed, is refused",
+    )
     add_json(command)
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_quiet(command)
 
 
 def _average(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from wavg.checkpoint import Index
 from wavg.cli_options import (
     add_command,
+    add_isolate,
     add_json,
     add_limits,
     add_opaque,
@@ -38,8 +39,9 @@ def add_inspect(commands: Any) -> None:
         "show what a checkpoint holds, and how an average came to be",
         "wavg inspect model.safetensors",
     )
-    command.add_argument("path", metavar="PATH")
+    command.add_argument("path", metavar="PATH", help="a file, or a folder that is a checkpoint")
     add_opaque(command)
+    add_isolate(command)
     add_json(command)
 
 
@@ -66,6 +68,7 @@ def add_verify(commands: Any) -> None:
     add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
     add_opaque(command)
     add_limits(command)
+    add_isolate(command)
     add_json(command)
 
 
