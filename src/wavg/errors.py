@@ -18,7 +18,8 @@
 Advice has the names of Python with the command line's behind them, as in ``overwrite=True
 (--overwrite)``; the command line shows only its own.
 
-A missing input stays `FileNotFoundError`, a wrong argument type `TypeError`.
+A missing input stays `FileNotFoundError`, one that may not be read `PermissionError`. An argument
+that makes no sense, whatever the files, is a `ValueError` or, of a wrong type, a `TypeError`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
 
 
 class WavgError(Exception):
-    r"""The root of every error that wavg raises on purpose.
+    r"""The root of the errors that files, weights and the system give cause to.
 
     Parameters
     ----------

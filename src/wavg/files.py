@@ -243,8 +243,10 @@ def average_checkpoints(
     ------
     WavgError
         See `wavg.errors`: damaged input, mismatched structures, NaN, an output that exists …
-    FileNotFoundError
-        A missing input.
+    FileNotFoundError, PermissionError
+        An input that is missing, or may not be read.
+    ValueError, TypeError
+        An argument that makes no sense, whatever the files.
 
     Notes
     -----
