@@ -55,6 +55,7 @@ def assert_fails(outcome, message, code=1):
         assert lines[0].startswith("wavg: ")
     else:
         assert lines[0].startswith("usage: wavg")
+        assert len(lines) == 2
     assert re.search(message, lines[-1])
     assert "Traceback" not in err
 
@@ -257,6 +258,10 @@ def test_integers_that_differ_are_refused_on_request(run):
 @pytest.mark.parametrize("output", ["a.xyz", "a", "a.pt"])
 def test_an_output_of_no_known_format_is_refused(run, output):
     assert_fails(run("average", *FILES, "-o", output), "end the output's name with one of")
+
+
+def test_a_folder_as_output_after_files_is_told_as_one(run):
+    assert_fails(run("average", *FILES, "-o", "."), r"\.: this is a folder; end the output's name")
 
 
 def test_an_output_in_a_folder_that_does_not_exist_is_refused(run):

@@ -157,6 +157,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
             "average",
             _average,
             "average checkpoints into one file",
+            "INPUT... -o OUTPUT [OPTION...]",
             "wavg average run/model_*.h5 -o average.h5 --weights linear --last 5",
         )
     )
@@ -170,6 +171,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "demo",
         _demo,
         "the whole story on a real training run",
+        "[FOLDER]",
         "wavg demo wavg-demo",
     )
     command.add_argument(

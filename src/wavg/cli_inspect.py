@@ -37,6 +37,7 @@ def add_inspect(commands: Any) -> None:
         "inspect",
         _inspect,
         "show what a checkpoint holds, and how an average came to be",
+        "PATH [OPTION...]",
         "wavg inspect model.safetensors",
     )
     command.add_argument("path", metavar="PATH", help="a file, or a folder that is a checkpoint")
@@ -52,6 +53,7 @@ def add_verify(commands: Any) -> None:
         "verify",
         _verify,
         "compute an averaged safetensors file again from its inputs, and compare",
+        "OUTPUT [INPUT...] [OPTION...]",
         "wavg verify average.safetensors run/ --full",
     )
     add = command.add_argument

@@ -58,16 +58,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with a usage error."""
-        super().error(printable(message))
+        super().error(f"{printable(message)}; `{self.prog} --help` tells more")
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    purpose: str,
+    usage: str,
+    example: str,
 ) -> Parser:
-    """Begin a command; `run` is called with its options."""
+    """Begin a command; `run` is called with its options.
+
+    The `usage` has what must be given; in the help text are all options.
+    """
     command: Parser = commands.add_parser(
         name,
         help=purpose,
+        usage=f"%(prog)s {usage}",
         description=purpose[0].upper() + purpose[1:] + ".",
         epilog=f"example:\n{textwrap.indent(textwrap.dedent(example).strip(), '  ')}",
     )

@@ -34,6 +34,10 @@ from wavg.printable import printable
 
 __all__ = ["add_soup", "add_sweep"]
 
+_USAGE = (
+    "INPUT... (--evaluate MODULE:FUNCTION | --evaluate-command COMMAND) (--maximize | --minimize) "
+    "[OPTION...]"
+)
 _PASSED_ON = (
     "evaluate_command",
     "timeout",
@@ -60,6 +64,7 @@ def add_sweep(commands: Any) -> None:
         "sweep",
         _sweep,
         "score the newest n checkpoints averaged, for n = 1 ... N, by one or several schedules",
+        _USAGE,
         "wavg sweep run/model_*.h5 --evaluate score:accuracy --maximize --weights linear\n"
         "where score.py in this folder has a function accuracy(tensors) of a dict of arrays",
     )
@@ -96,6 +101,7 @@ def add_soup(commands: Any) -> None:
         "soup",
         _soup,
         "average those checkpoints that do not make the average's score worse, best first",
+        _USAGE,
         'wavg soup run/*.h5 --evaluate-command "python score.py {}" --minimize -o soup.h5',
     )
     _add_evaluation(command)

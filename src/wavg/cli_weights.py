@@ -37,6 +37,7 @@ def add_weights(commands: Any) -> None:
         "weights",
         _run,
         "show the weights of a schedule",
+        "SPEC (-n N | --steps A,B,... | INPUT...) [OPTION...]",
         "wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png",
     )
     add = command.part("weights").add_argument

@@ -236,7 +236,8 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
     if row is None:
         known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
         kind = _recognised(path)
-        why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
+        why = "this is a folder" if os.path.isdir(path) else "no format is named so"
+        why = f"{kind} are not written by this version of wavg" if kind else why
         raise OutputError(
             f"{path}: {why}; end the output's name with one of {known} (only after an input "
             "that is a folder of safetensors it may have no ending)",

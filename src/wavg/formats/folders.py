@@ -92,8 +92,9 @@ def names_in(folder: str) -> list[str]:
     PermissionError
         It may not be listed; or not entered, so that nothing in it would seem to be there.
     """
+    names = os.listdir(folder)
     os.stat(os.path.join(folder, os.curdir))
-    return os.listdir(folder)
+    return names
 
 
 def checkpoint_in(folder: str) -> str | None:
