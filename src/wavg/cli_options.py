@@ -40,6 +40,15 @@ __all__ = [
 T = TypeVar("T")
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose texts are wrapped, but for examples, which are to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose options stand in titled parts, and whose errors are printable.
 
@@ -47,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(formatter_class=_Help, **settings)
         self._parts: dict[str, Any] = {}
 
     def part(self, title: str) -> Any:
