@@ -130,7 +130,7 @@ def command(small: Small) -> None:
     words = ["average", *small.inputs, "-o", small.target, "--overwrite", "--quiet", "--no-isolate"]
     own = [f"--{name.replace('_', '-')}={value}" for name, value in small.kind.options.items()]
     code = cli.main([*words, *own, "--workers=2"])
-    os._exit({0: DONE, 130: INTERRUPTED}.get(code, UNTYPED))
+    os._exit({0: DONE, 130: INTERRUPTED, 143: INTERRUPTED}.get(code, UNTYPED))
 
 
 def interrupted(small: Small, count: int, rng: random.Random) -> dict:

@@ -93,6 +93,23 @@ def test_dtypes_are_checked_by_position_too(tmp_path):
         wavg.average_checkpoints(f"{tmp_path}/m_*.h5", align="position")
 
 
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_one_file_that_differs_from_all_others_is_named(tmp_path, odd):
+    for step in (1, 2, 3):
+        save(tmp_path / f"m_{step}.npz", ["y/a", "y/b"] if step == odd else ["x/a", "x/b"])
+    with pytest.raises(wavg.StructureMismatchError, match=rf"only \S+m_{odd}\.npz differs, the"):
+        wavg.average_checkpoints(f"{tmp_path}/m_*.npz")
+
+
+@pytest.mark.parametrize("names", ["xy", "xyz", "xxyy", "xxyz"])
+def test_where_none_is_the_odd_one_none_is_named(tmp_path, names):
+    for step, name in enumerate(names):
+        save(tmp_path / f"m_{step}.npz", [f"{name}/a", f"{name}/b"])
+    with pytest.raises(wavg.StructureMismatchError) as caught:
+        wavg.average_checkpoints(f"{tmp_path}/m_*.npz")
+    assert "only" not in str(caught.value)
+
+
 def test_files_of_equal_names_have_nothing_paired(tmp_path):
     for step in (1, 2):
         save(tmp_path / f"m_{step}.h5", ["x/a", "x/b"], seed=step)
@@ -144,7 +161,7 @@ def test_the_differences_of_all_inputs_are_listed_in_one_text():
         ],
     )
     assert refusal(old, same, new) == (
-        "1 difference between the inputs and the newest, new:",
+        "1 difference between the inputs and the newest, new; only old differs, the others agree:",
         ["old: lacks y (float32[2])"],
     )
     assert refusal(same, old, old, new)[0].startswith("2 differences between")
@@ -152,6 +169,8 @@ def test_the_differences_of_all_inputs_are_listed_in_one_text():
 
 def test_the_advice_to_pair_by_position_is_given_where_it_helps():
     names, new = index("names", "x", "z"), index("new", "x", "y")
+    archives = [dataclasses.replace(each, format="keras") for each in (names, new)]
+    assert refusal(*archives)[0] == "2 differences between the inputs and the newest, new:"
     assert refusal(names, new)[0] == (
         "2 differences between the inputs and the newest, new; by position the tensors agree, and "
         "align='position' (--align position) averages them so:"

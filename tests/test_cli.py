@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ import pytest
 import wavg
 from wavg import cli, demo, picture
 from wavg import weights as schedules
+from wavg.formats import FORMATS
 
 STEPS = (1, 2, 9, 10)
 FILES = [f"m_{step}.safetensors" for step in STEPS]
@@ -50,6 +55,7 @@ def assert_fails(outcome, message, code=1):
         assert lines[0].startswith("wavg: ")
     else:
         assert lines[0].startswith("usage: wavg")
+        assert len(lines) == 2
     assert re.search(message, lines[-1])
     assert "Traceback" not in err
 
@@ -254,6 +260,10 @@ def test_an_output_of_no_known_format_is_refused(run, output):
     assert_fails(run("average", *FILES, "-o", output), "end the output's name with one of")
 
 
+def test_a_folder_as_output_after_files_is_told_as_one(run):
+    assert_fails(run("average", *FILES, "-o", "."), r"\.: this is a folder; end the output's name")
+
+
 def test_an_output_in_a_folder_that_does_not_exist_is_refused(run):
     assert_fails(
         run("average", *FILES, "-o", "no/a.npz"), "cannot write no/a.npz: there is no folder"
@@ -335,11 +345,39 @@ def test_the_version_is_the_packages(run):
     assert re.fullmatch(rf"wavg {re.escape(wavg.__version__)} \(kernel .+\)\n", out)
 
 
-@pytest.mark.parametrize("command", ["average", "weights", "inspect", "demo"])
+COMMANDS = sorted(cli._parser()[1])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_gives_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
-    assert f"example: wavg {command}" in " ".join(out.split())
+    assert out.partition("\nexample:\n")[2].startswith(f"  wavg {command} ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_understood(command):
+    parser = cli._parser()[1][command]
+    example = parser.epilog.splitlines()[1]
+    parser.parse_intermixed_args(shlex.split(example)[2:])
+
+
+def test_help_has_the_options_in_parts(run):
+    out = run("average", "--help")[1]
+    parts = re.findall(r"^(\w[\w ]*):$", out, re.MULTILINE)
+    assert parts == [
+        *("options", "inputs", "recorded metrics", "weights", "output", "numbers"),
+        *("resources", "trust", "printing", "example"),
+    ]
+    assert re.findall("  -.*", out.partition("\noptions:")[2].partition("\n\n")[0]) == [
+        "  -h, --help            show this help message and exit"
+    ]
+
+
+@pytest.mark.parametrize("command", ["average", "sweep", "soup"])
+def test_help_lists_the_endings_of_outputs(run, command):
+    out = run(command, "--help")[1]
+    assert all(suffix in out for row in FORMATS for suffix in row.suffixes)
 
 
 # wavg weights
@@ -783,3 +821,77 @@ def test_a_report_that_cannot_be_printed_does_not_hide_that_the_work_is_done(tmp
             "what was done by then stands\n"
         )
         assert wavg.load(output)
+
+
+SCRIPT = "import sys; from _wavg import main; sys.exit(main())"  # what an installer makes of it
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_it_as_one_and_a_shell_sees_which(run, tmp_path, name, status):
+    (tmp_path / "me.py").write_text(
+        f"import os, signal\ndef end(tensors):\n    os.kill(os.getpid(), signal.{name})\n"
+    )
+    words = [sys.executable, "-c", SCRIPT, "sweep", *FILES, "--evaluate", "me:end", "--minimize"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -getattr(signal, name)
+    assert done.stdout == ""
+    assert re.fullmatch("wavg: interrupted; .*\n", done.stderr)
+    done = subprocess.run(["sh", "-c", '"$@"; echo $?', "sh", *words], capture_output=True)
+    assert done.stdout.split()[-1] == b"%d" % status
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interruption_before_anything_is_begun_is_silent(tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    places = [str(tmp_path), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "--version"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_an_interruption_while_arguments_are_read_is_told(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    expected = (130, "", "wavg: interrupted; nothing is half-written\n")
+    assert run("--version") == expected
+
+
+def advice():
+    """All that messages say of options, as the source has it."""
+    for path in sorted(Path(wavg.__file__).parent.rglob("*.py")):
+        if not path.name.startswith("cli"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield from re.findall(r"[^\s(]*\s?\([^\s)]*--[^)]*\)", node.value)
+
+
+def test_what_a_person_at_a_terminal_is_told_has_no_names_of_python(run):
+    for words, told in [
+        (["-o", FILES[0]], "choose another output, or pass --overwrite$"),
+        (["-o", "/dev/null"], "name a file, or, to write nothing, use --dry-run$"),
+        (["-o", "a.npz", "--last", "9"], "^wavg: --last must be between 1 and 4"),
+        (["-o", "a.npz", "--sha256"], "leave --sha256 out, or write safetensors$"),
+        (["-o", "a.npz", "--max-memory", "1"], "allow more with --max-memory$"),
+    ]:
+        assert_fails(run("average", *FILES, *words), told)
+
+
+def test_advice_names_an_option_of_python_and_behind_it_one_of_the_command_line():
+    options = {
+        option
+        for command in cli._parser()[1].values()
+        for action in command._actions
+        for option in action.option_strings
+    }
+    found = list(advice())
+    assert len(found) > 15
+    for text in found:
+        shown = cli._BOTH_NAMES.sub(r"\1", text.replace("\n", " ").strip("`"))
+        assert re.match("--[a-z0-9-]+", shown)[0] in options, text

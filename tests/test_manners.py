@@ -529,9 +529,11 @@ def test_a_folder_that_may_not_be_written_to_is_told(place, suffix):
     small.run(f"{place}/first{suffix}")
     give_all(place)
     os.chmod(small.folder, 0o555)
-    with unprivileged(), pytest.raises(OutputError, match=r"out.*Permission denied") as caught:
-        small.run()
-    assert caught.value.errno == errno.EACCES
+    for work in (small.run, lambda: wavg.plan_average(small.inputs, small.output)):
+        told = rf"out.*Permission denied for the folder {small.folder}; name an output in"
+        with unprivileged(), pytest.raises(OutputError, match=told) as caught:
+            work()
+        assert caught.value.errno == errno.EACCES
     assert os.listdir(small.folder) == []
 
 
@@ -603,6 +605,26 @@ def test_an_input_that_may_not_be_read_is_named(place, suffix):
     with unprivileged(), pytest.raises((OSError, wavg.WavgError), match=secret.stem):
         small.run()
     assert os.listdir(small.folder) == []
+
+
+@pytest.mark.parametrize("mode", [0, 0o444, 0o222])
+@pytest.mark.parametrize("words", ["in", "in/*.npz", "in/m_1.npz", "in/[m]*/x.npz"])
+def test_inputs_that_may_not_be_seen_are_not_told_as_missing(place, monkeypatch, words, mode):
+    (place / "in").mkdir()
+    wavg.save(place / "in" / "m_1.npz", {"w": np.float32([1])})
+    give_all(place)
+    os.chmod(place / "in", mode)
+    monkeypatch.chdir(place)
+    with unprivileged(), pytest.raises(PermissionError) as caught:
+        wavg.average_checkpoints(words)
+    assert str(caught.value.filename).startswith("in")
+
+
+def test_missing_inputs_are_told_as_that(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for words in ("*.npz", "in/*.npz", "in/m.npz", "m\0.npz"):
+        with pytest.raises(FileNotFoundError, match=r"no file (matches|or folder)"):
+            wavg.average_checkpoints(words)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", "/"])
@@ -716,6 +738,12 @@ def test_what_is_no_file_is_no_input_and_is_not_waited_for(tmp_path, make, suffi
     make(small.inputs[0])
     with pytest.raises(CheckpointFormatError, match="is a device, pipe or socket"):
         small.run()
+
+
+def test_a_device_without_an_ending_is_not_asked_for_one(tmp_path):
+    small = Small(tmp_path, ".npz")
+    with pytest.raises(OutputError, match=r"^/dev/null is a device.*plan_average \(--dry-run\)$"):
+        small.run("/dev/null")
 
 
 def test_tables_may_go_to_a_pipe_or_a_device(tmp_path):

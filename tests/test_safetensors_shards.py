@@ -750,8 +750,8 @@ def test_a_disk_without_room_is_told_before_the_work_begins(run, tmp_path, monke
     with pytest.raises(wavg.OutputError, match="1,536 are free") as caught:
         wavg.average_checkpoints(run, tmp_path / "out")
     assert caught.value.errno == errno.ENOSPC
-    assert main(["average", *run, "-o", f"{tmp_path}/out", "--dry-run"]) == 0
-    assert re.search(r"disk: \d\.\d+ kB\n", capsys.readouterr().out)
+    assert main(["average", *run, "-o", f"{tmp_path}/out", "--dry-run"]) == 1
+    assert re.search(r"takes \d,\d+ bytes, and 1,536 are free", capsys.readouterr().err)
 
 
 def test_several_outputs_share_the_disk(run, tmp_path, monkeypatch):

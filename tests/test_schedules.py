@@ -500,7 +500,7 @@ def test_texts_say_what_is_not_the_default(schedule, text):
         ("ema:half_life=9,warmup=ratio", "ema: a warm-up counts snapshots"),
         ("ema:decay=0.9,per=step,warmup=ratio", "ema: a warm-up counts snapshots"),
         ("ema:decay=0.9,warmup=power,gamma=0", "ema: gamma must be a positive number"),
-        ("ema:beta=0.9", "ema takes decay, half_life, per, debias, warmup, gamma, power"),
+        ("ema:beta=0.9", "ema takes decay=..., half_life=..., per=..., debias=..., warmup"),
         ("dema", "dema: give one of decay, as in dema:decay=0.99"),
         ("bema:rho=0.5", "bema: rho must be a number of at least 1"),
         ("bema:kappa=-1", "bema: kappa must be a number of at least 0"),

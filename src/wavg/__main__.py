@@ -2,6 +2,6 @@
 
 import sys
 
-from wavg.cli import main
+from _wavg import main
 
 sys.exit(main())

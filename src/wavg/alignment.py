@@ -14,6 +14,8 @@ from wavg.errors import StructureMismatchError
 __all__ = ["ALIGNMENTS", "align"]
 
 ALIGNMENTS = ("name", "position")
+# Keras 3 names what these hold by class and place, so that other names are another model's.
+_NAMED_BY_PLACE = ("keras", "keras-weights", "keras-shards")
 _Compare: TypeAlias = Callable[[Index, Index], Iterable[str]]
 
 
@@ -53,14 +55,16 @@ def align(
     if differences:
         count = f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
         advice = ""
-        if how == "name" and not _differences(indexes, _by_position):
-            advice = (
+        if odd := _odd_one(indexes):
+            advice = f"; only {odd.path} differs, the others agree"
+        automatic = reference.format not in _NAMED_BY_PLACE
+        if how == "name" and automatic and not _differences(indexes, _by_position):
+            advice += (
                 "; by position the tensors agree, and align='position' (--align position) "
                 "averages them so"
             )
         raise StructureMismatchError(
-            f"{count} between the inputs and the newest, {reference.path}{advice}:\n  "
-            + "\n  ".join(differences),
+            f"{count} between the inputs and the newest, {reference.path}{advice}:",
             differences=differences,
         )
     if how == "position":
@@ -68,6 +72,19 @@ def align(
     names = [spec.name for spec in reference.tensors]
     tables = [{spec.name: spec for spec in index.tensors} for index in distinct.values()]
     return layouts, zip(*(map(table.__getitem__, names) for table in tables), strict=True)
+
+
+def _odd_one(indexes: Sequence[Index]) -> Index | None:
+    """Return the one that differs from all others, of which there are several that agree."""
+    layouts = {
+        id(index.tensors): frozenset((spec.name, spec.describe()) for spec in index.tensors)
+        for index in {id(index.tensors): index for index in indexes}.values()
+    }
+    alike: dict[object, list[Index]] = {}
+    for index in indexes:
+        alike.setdefault((index.format, layouts[id(index.tensors)]), []).append(index)
+    alone = [group[0] for group in alike.values() if len(group) == 1]
+    return alone[0] if len(alone) == 1 and len(alike) == 2 else None
 
 
 def _differences(indexes: Sequence[Index], compare: _Compare) -> list[str]:

@@ -129,9 +129,7 @@ def _check_leaves(paths: list[str], arrays: list[list[Array]]) -> None:
                     f"{array.dtype}{list(array.shape)} in tree {number}"
                 )
     if differences:
-        raise StructureMismatchError(
-            "the trees' leaves differ:\n  " + "\n  ".join(differences), differences=differences
-        )
+        raise StructureMismatchError("the trees' leaves differ:", differences=differences)
 
 
 def _average_leaf(

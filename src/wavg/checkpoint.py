@@ -23,6 +23,7 @@ from wavg.dtypes import DType, lookup
 from wavg.errors import CheckpointChangedError, CheckpointFormatError, InputError, WavgError
 from wavg.extents import Extent
 from wavg.positional import read_exactly
+from wavg.printable import printable
 
 __all__ = [
     "BlockReader",
@@ -264,7 +265,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.path}: {self.index.format}, {len(self)} tensors>"
+        return f"<Checkpoint {printable(self.path)}: {self.index.format}, {len(self)} tensors>"
 
     def close(self) -> None:
         """Close the files."""
@@ -277,7 +278,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def __del__(self) -> None:
         if self._descriptors:
             self.close()
-            message = f"{self.path} was not closed"
+            message = f"{printable(self.path)} was not closed"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def spec(self, name: str) -> TensorSpec:

@@ -19,18 +19,21 @@ from typing import Any
 import wavg
 from wavg import cli_inspect, cli_sweep, cli_weights
 from wavg.cli_options import (
+    Parser,
     add_command,
     add_direction,
     add_inputs,
+    add_isolate,
     add_json,
     add_limits,
     add_metrics,
+    add_output,
+    add_overwrite,
+    add_quiet,
     add_tensors,
     bytes_of,
     count_of,
-    numbers,
     positive,
-    printable,
     shard_size,
 )
 from wavg.errors import WavgError
@@ -41,6 +44,7 @@ from wavg.inputs import named_steps
 from wavg.kernel import COMPILED
 from wavg.options import MIB, RECORDS
 from wavg.plan import Plan
+from wavg.printable import padded, printable
 from wavg.schedule import spell_number
 from wavg.weights import AMPLIFIES
 
@@ -48,22 +52,20 @@ __all__ = ["main"]
 
 _SHOWN_PAIRS = 60
 _STATISTICS = re.compile("running_mean|moving_mean|batch_normalization")
+_BOTH_NAMES = re.compile(r"\b[a-z]\w*(?:=\S+)? \((--[a-z][^()]*)\)")  # overwrite=True (--overwrite)
 _SHOWN = 12  # rows of a long list before the rest is counted
 _SHOWN_DIFFERENCES = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 an error, 2 usage."""
+    """Run the command line; return the exit code: 0 done, 1 an error, 2 usage, 128 + a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser, commands = _parser()
-    if words and words[0] in commands:  # options and inputs may be mixed
-        options = commands[words[0]].parse_intermixed_args(words[1:])
-    else:
-        options = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
+    ended: list[int] = []
     try:
-        with _terminable():
+        with _terminable(ended):
+            options = _parsed(words)
             options.run(options)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -72,14 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         told = stop.args[0] if stop.args else "interrupted; nothing is half-written"
         print(f"wavg: {told}", file=sys.stderr)
-        return 130
+        return 128 + (ended[0] if ended else signal.SIGINT)
     except (WavgError, OSError) as error:
         lines = _shorten(_told(error).split("\n"), _SHOWN_DIFFERENCES)
-        print("\n".join(map(printable, lines)), file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)
         if _unprinted(error):
             _drop_output()
         return 1
     return 0
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if words and words[0] in commands:  # options and inputs may be mixed
+        return commands[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def _drop_output() -> None:
@@ -95,28 +104,33 @@ def _unprinted(error: Exception) -> bool:
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, WavgError):
+        return "wavg: " + _BOTH_NAMES.sub(r"\1", str(error))
     if _unprinted(error):
         why = os.strerror(getattr(error, "errno", 0))
         return f"wavg: standard output takes no more: {why}; what was done by then stands"
-    if isinstance(error, OSError) and not isinstance(error, WavgError) and error.filename:
-        return f"wavg: {error.filename}: {error.strerror}"
-    return f"wavg: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return printable(f"wavg: {error.filename}: {error.strerror}")
+    return printable(f"wavg: {error}")
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """End on SIGTERM and SIGHUP as on Ctrl-C, so that nothing half-written stays behind."""
+def _terminable(ended: list[int]) -> Iterator[None]:
+    """End on SIGTERM and SIGHUP as on Ctrl-C, so that nothing half-written stays behind.
+
+    The signal is added to those that `ended` it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
+        ended.append(number)
         raise KeyboardInterrupt
 
-    ends = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        ends.append(signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in ends}
+    ends = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+    heard = [n for n in ends if n and signal.getsignal(n) != signal.SIG_IGN]  # but for nohup
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
@@ -129,32 +143,25 @@ def _version() -> str:
     return f"wavg {wavg.__version__} (kernel {step})"
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(
-        prog="wavg", description="Average the checkpoints of a training run, file to file."
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="wavg",
+        description="Average the checkpoints of a training run, file to file.",
+        epilog="`wavg COMMAND --help` has a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_average(
         add_command(
             commands,
             "average",
             _average,
             "average checkpoints into one file",
-            """\
-            wavg average run/model_*.h5 -o average.h5 --weights linear --last 5""",
+            "INPUT... -o OUTPUT [OPTION...]",
+            "wavg average run/model_*.h5 -o average.h5 --weights linear --last 5",
         )
     )
-    command = add_command(
-        commands,
-        "weights",
-        cli_weights.run,
-        "show the weights of a schedule",
-        """\
-            wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png""",
-    )
-    cli_weights.add_arguments(command, positive, numbers)
-    add_json(command)
+    cli_weights.add_weights(commands)
     cli_inspect.add_inspect(commands)
     cli_inspect.add_verify(commands)
     cli_sweep.add_sweep(commands)
@@ -164,8 +171,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "demo",
         _demo,
         "the whole story on a real training run",
-        """\
-            wavg demo wavg-demo""",
+        "[FOLDER]",
+        "wavg demo wavg-demo",
     )
     command.add_argument(
         "folder",
@@ -177,25 +184,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, commands.choices
 
 
-def _add_average(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+def _add_average(command: Parser) -> None:
     add_inputs(command)
-    add(
-        "-o",
-        "--output",
-        required=True,
-        metavar="OUTPUT",
-        help="the file to write, or a folder like the newest checkpoint's; {weights} and {last} in "
-        "its name stand for those of an average",
-    )
-    add(
-        "--weights",
-        action="append",
-        metavar="SPEC",
-        help=f"{cli_weights.known()} (default: equal); given several times, so many averages are "
-        "made in one pass",
-    )
-    add(
+    inputs = command.part("inputs").add_argument
+    inputs(
         "--last",
         action="append",
         type=positive,
@@ -203,28 +195,34 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="only the newest N; several times: an average of each",
     )
     add_metrics(command)
-    add(
+    command.part("recorded metrics").add_argument(
         "--best",
         type=positive,
         metavar="K",
         help="only the K checkpoints that are best by their recorded metrics",
     )
-    add_direction(command, required=False)
-    add_tensors(command)
+    add_direction(command, "recorded metrics", required=False)
+    command.part("weights").add_argument(
+        "--weights",
+        action="append",
+        metavar="SPEC",
+        help=f"{cli_weights.known()} (default: equal); given several times, so many averages are "
+        "made in one pass",
+    )
+    add_output(
+        command,
+        "the file to write, in which {weights} and {last} stand for those of an average",
+        required=True,
+    )
+    add = command.part("output").add_argument
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
+    add_overwrite(command, "an existing output")
     add(
         "--optimizer",
         choices=("carry", "drop"),
         default="carry",
         help="what becomes of the newest checkpoint's optimizer state (default: %(default)s)",
     )
-    add(
-        "--integers",
-        choices=("reference", "error"),
-        default="reference",
-        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
-    )
-    add("--dry-run", action="store_true", help="print the plan, write nothing")
-    add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--record",
         choices=RECORDS,
@@ -240,21 +238,29 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         help="the same as --record sha256",
     )
     add(
-        "--check-sha256",
-        metavar="FILE",
-        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
-        "not listed, is refused",
-    )
-    add(
         "--max-shard-size",
         type=shard_size,
         metavar="SIZE",
         help="divide an output folder of safetensors into files of at most so much, such as 5GB "
         "(default: as the newest checkpoint is)",
     )
+    add_tensors(command)
+    command.part("numbers").add_argument(
+        "--integers",
+        choices=("reference", "error"),
+        default="reference",
+        help="integer tensors that differ: take the newest's, or refuse (default: %(default)s)",
+    )
     add_limits(command)
+    add_isolate(command)
+    command.part("trust").add_argument(
+        "--check-sha256",
+        metavar="FILE",
+        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
+        "not listed, is refused",
+    )
     add_json(command)
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_quiet(command)
 
 
 def _average(options: argparse.Namespace) -> None:
@@ -389,11 +395,11 @@ def _made_as_text(made: Sequence[tuple[Plan, Report | None]]) -> Iterator[str]:
     """Describe one average, or what several have in common and then each of them."""
     plan, report = max(made, key=lambda parts: len(parts[0].inputs))
     several = len(made) > 1
-    width = max(len(part.path) for part in plan.inputs)
-    yield f"{'inputs, oldest first':<{width}}  {'step':>10}" + "  weight" * (not several)
-    for part in plan.inputs:
+    title, *names = padded(["inputs, oldest first", *(part.path for part in plan.inputs)])
+    yield f"{title}  {'step':>10}" + "  weight" * (not several)
+    for name, part in zip(names, plan.inputs, strict=True):
         proportion = "" if several else f"  {part.proportion:.4f}"
-        yield f"{part.path:<{width}}  {spell_number(part.step):>10}{proportion}"
+        yield f"{name}  {spell_number(part.step):>10}{proportion}"
     if not several:
         yield cli_weights.figures_line(plan.schedule, plan.figures, len(plan.inputs))
     averaged = sum(decision.spec.size for decision in plan.averaged)

@@ -11,16 +11,17 @@ from typing import Any
 from wavg.checkpoint import Index
 from wavg.cli_options import (
     add_command,
+    add_isolate,
     add_json,
     add_limits,
     add_opaque,
     bytes_of,
     count_of,
     positive,
-    printable,
 )
 from wavg.cli_weights import glyph
 from wavg.errors import WavgError
+from wavg.printable import padded, printable
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
 
@@ -36,10 +37,12 @@ def add_inspect(commands: Any) -> None:
         "inspect",
         _inspect,
         "show what a checkpoint holds, and how an average came to be",
+        "PATH [OPTION...]",
         "wavg inspect model.safetensors",
     )
-    command.add_argument("path", metavar="PATH")
+    command.add_argument("path", metavar="PATH", help="a file, or a folder that is a checkpoint")
     add_opaque(command)
+    add_isolate(command)
     add_json(command)
 
 
@@ -50,6 +53,7 @@ def add_verify(commands: Any) -> None:
         "verify",
         _verify,
         "compute an averaged safetensors file again from its inputs, and compare",
+        "OUTPUT [INPUT...] [OPTION...]",
         "wavg verify average.safetensors run/ --full",
     )
     add = command.add_argument
@@ -66,6 +70,7 @@ def add_verify(commands: Any) -> None:
     add("--seed", type=int, metavar="N", help="of the sample (default: another each time)")
     add_opaque(command)
     add_limits(command)
+    add_isolate(command)
     add_json(command)
 
 
@@ -112,12 +117,9 @@ def _as_text(index: Index, record: Record | None) -> Iterator[str]:
         if not specs:
             continue
         yield f"{title}: {len(specs):,}" + (f", {numbers:,} numbers" if title == "tensors" else "")
-        width = max(len(spec.name) for spec in specs)
-        for spec in specs:
+        for name, spec in zip(padded(spec.name for spec in specs), specs, strict=True):
             shape = f" {glyph('×', 'x')} ".join(map(str, spec.shape)) or "scalar"
-            yield (
-                f"  {spec.name:<{width}}  {spec.dtype:<9} {shape:>16}  {bytes_of(spec.nbytes):>12}"
-            )
+            yield (f"  {name}  {spec.dtype:<9} {shape:>16}  {bytes_of(spec.nbytes):>12}")
 
 
 def _record_as_text(record: Record) -> Iterator[str]:
@@ -128,16 +130,15 @@ def _record_as_text(record: Record) -> Iterator[str]:
     )
     if not record.sources:
         return
-    title = "inputs, oldest first"
-    width = max(len(title), *(len(source.name) for source in record.sources))
-    yield f"  {title:<{width}}  {'step':>10}  weight  {'size':>10}"
-    for part, proportion in zip(record.sources, record.proportions, strict=True):
+    title, *names = padded(["inputs, oldest first", *(part.name for part in record.sources)])
+    yield f"  {title}  {'step':>10}  weight  {'size':>10}"
+    for name, part, proportion in zip(names, record.sources, record.proportions, strict=True):
         size = bytes_of(part.size)
-        yield f"  {part.name:<{width}}  {part.step:>10.15g}  {proportion:.4f}  {size:>10}"
+        yield f"  {name}  {part.step:>10.15g}  {proportion:.4f}  {size:>10}"
         digests = part.sha256 if isinstance(part.sha256, dict) else {"": part.sha256 or ""}
-        for name, digest in digests.items():
+        for file, digest in digests.items():
             if digest:
-                yield f"    sha256 {digest}  {name}".rstrip()
+                yield f"    sha256 {digest}  {file}".rstrip()
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -160,14 +161,12 @@ def _verify(options: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     elif not found.faults:
         sha = ", and the inputs' digests are those recorded" * digests
-        print(
-            f"{found.output} is the average that its record says: {share} compared with "
-            f"{count_of(len(found.inputs), 'input')}{sha}"
-        )
+        told = f"{found.output} is the average that its record says: {share} compared with "
+        print(printable(f"{told}{count_of(len(found.inputs), 'input')}{sha}"))
     if found.faults:
         doubt = "" if digests else "; or an input has changed, which --record sha256 would tell"
         raise WavgError(
-            f"{found.output} is not what its record says ({share} compared){doubt}:\n  "
-            + "\n  ".join(found.faults),
+            f"{found.output} is not what its record says ({share} compared){doubt}:",
             path=found.output,
+            differences=list(found.faults),
         )

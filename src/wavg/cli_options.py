@@ -5,27 +5,34 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import textwrap
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from wavg.alignment import ALIGNMENTS
 from wavg.dtypes import DTYPES
+from wavg.formats import FORMATS
 from wavg.options import MIB, parse_size
+from wavg.printable import printable
 
 __all__ = [
+    "Parser",
     "add_command",
     "add_direction",
     "add_inputs",
+    "add_isolate",
     "add_json",
     "add_limits",
     "add_metrics",
     "add_opaque",
+    "add_output",
+    "add_overwrite",
+    "add_quiet",
     "add_tensors",
     "bytes_of",
     "count_of",
     "numbers",
     "positive",
-    "printable",
     "shard_size",
     "size",
 ]
@@ -33,24 +40,63 @@ __all__ = [
 T = TypeVar("T")
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose texts are wrapped, but for examples, which are to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose options stand in titled parts, and whose errors are printable.
+
+    Its commands have the same.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Help, **settings)
+        self._parts: dict[str, Any] = {}
+
+    def part(self, title: str) -> Any:
+        """Return the part of that title, a new one behind the others if there is none."""
+        if title not in self._parts:
+            self._parts[title] = self.add_argument_group(title)
+        return self._parts[title]
+
+    def error(self, message: str) -> NoReturn:
+        """End with a usage error."""
+        super().error(f"{printable(message)}; `{self.prog} --help` tells more")
+
+
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], purpose: str, example: str
-) -> argparse.ArgumentParser:
-    """Begin a command; `run` is called with its options."""
-    command: argparse.ArgumentParser = commands.add_parser(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    purpose: str,
+    usage: str,
+    example: str,
+) -> Parser:
+    """Begin a command; `run` is called with its options.
+
+    The `usage` has what must be given; in the help text are all options.
+    """
+    command: Parser = commands.add_parser(
         name,
         help=purpose,
+        usage=f"%(prog)s {usage}",
         description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example: {example.strip()}",
+        epilog=f"example:\n{textwrap.indent(textwrap.dedent(example).strip(), '  ')}",
     )
     command.set_defaults(run=run, command=command)
     command._negative_number_matcher = re.compile(r"-[\d.].*")  # so that -1,2 is no option
     return command
 
 
-def add_inputs(command: argparse.ArgumentParser) -> None:
+def add_inputs(command: Parser) -> None:
     """Add the checkpoints, and what says their order."""
-    add = command.add_argument
+    add = command.part("inputs").add_argument
     add("inputs", metavar="INPUT", nargs="+", help="a checkpoint file, a folder of them, or a glob")
     add(
         "--steps",
@@ -66,9 +112,27 @@ def add_inputs(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tensors(command: argparse.ArgumentParser) -> None:
+def add_output(command: Parser, purpose: str, *, required: bool = False) -> None:
+    """Add the file to write."""
+    endings = [suffix for row in FORMATS for suffix in row.suffixes]
+    command.part("output").add_argument(
+        "-o",
+        "--output",
+        required=required,
+        metavar="OUTPUT",
+        help=f"{purpose}; its name ends with {', '.join(endings)}, or is that of a folder if the "
+        "newest checkpoint is one",
+    )
+
+
+def add_overwrite(command: Parser, what: str) -> None:
+    """Add ``--overwrite``."""
+    command.part("output").add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+def add_tensors(command: Parser) -> None:
     """Add what is averaged, and how files are read."""
-    add = command.add_argument
+    add = command.part("numbers").add_argument
     add("--include", action="append", default=[], metavar="GLOB", help="average only these tensors")
     add(
         "--exclude",
@@ -95,9 +159,9 @@ def add_tensors(command: argparse.ArgumentParser) -> None:
     add_opaque(command)
 
 
-def add_direction(command: argparse.ArgumentParser, *, required: bool) -> None:
+def add_direction(command: Parser, title: str, *, required: bool) -> None:
     """Add which score is better: ``maximize`` is True, False, or None where nothing was said."""
-    group = command.add_mutually_exclusive_group(required=required)
+    group = command.part(title).add_mutually_exclusive_group(required=required)
     group.add_argument(
         "--maximize", action="store_true", default=None, help="higher is better (an accuracy)"
     )
@@ -106,9 +170,9 @@ def add_direction(command: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def add_metrics(command: argparse.ArgumentParser, note: str = "") -> None:
+def add_metrics(command: Parser, note: str = "") -> None:
     """Add a table of recorded metrics, and a note on it."""
-    add = command.add_argument
+    add = command.part("recorded metrics").add_argument
     add(
         "--metrics",
         metavar="FILE",
@@ -125,9 +189,9 @@ def add_metrics(command: argparse.ArgumentParser, note: str = "") -> None:
     )
 
 
-def add_limits(command: argparse.ArgumentParser) -> None:
+def add_limits(command: Parser) -> None:
     """Add the limits of memory and threads."""
-    add = command.add_argument
+    add = command.part("resources").add_argument
     add(
         "--max-memory",
         type=size,
@@ -138,17 +202,28 @@ def add_limits(command: argparse.ArgumentParser) -> None:
     add("--workers", type=positive, metavar="N", help="threads (default: the cores available)")
 
 
-def add_json(command: argparse.ArgumentParser) -> None:
+def add_json(command: Parser) -> None:
     """Add ``--json``."""
-    command.add_argument("--json", action="store_true", help="print one JSON object")
+    add = command.part("printing").add_argument
+    add("--json", action="store_true", help="print one JSON object")
 
 
-def add_opaque(command: argparse.ArgumentParser) -> None:
-    """Add how files of HDF5 are looked into."""
-    command.add_argument(
+def add_quiet(command: Parser) -> None:
+    """Add ``--quiet``."""
+    add = command.part("printing").add_argument
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_opaque(command: Parser) -> None:
+    """Add what numbers without a name are."""
+    command.part("numbers").add_argument(
         "--opaque-dtype", choices=("bfloat16",), help="what unnamed two-byte values of a .h5 are"
     )
-    command.add_argument(
+
+
+def add_isolate(command: Parser) -> None:
+    """Add where files of HDF5 are looked into."""
+    command.part("trust").add_argument(
         "--isolate",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -216,15 +291,3 @@ def bytes_of(number: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def printable(text: str) -> str:
-    r"""Return a text of a file in a form that cannot steer a terminal.
-
-    >>> print(printable("w\x1b[2J"))
-    w\x1b[2J
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )

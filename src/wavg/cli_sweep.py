@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from wavg.cli_options import (
+    Parser,
     add_command,
     add_direction,
     add_inputs,
+    add_isolate,
     add_json,
     add_metrics,
+    add_output,
+    add_overwrite,
+    add_quiet,
     add_tensors,
     bytes_of,
     count_of,
@@ -25,9 +30,14 @@ from wavg.cli_options import (
 from wavg.cli_weights import known
 from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import WavgError
+from wavg.printable import printable
 
 __all__ = ["add_soup", "add_sweep"]
 
+_USAGE = (
+    "INPUT... (--evaluate MODULE:FUNCTION | --evaluate-command COMMAND) (--maximize | --minimize) "
+    "[OPTION...]"
+)
 _PASSED_ON = (
     "evaluate_command",
     "timeout",
@@ -54,23 +64,24 @@ def add_sweep(commands: Any) -> None:
         "sweep",
         _sweep,
         "score the newest n checkpoints averaged, for n = 1 ... N, by one or several schedules",
-        """\
-            wavg sweep run/model_*.h5 --evaluate score:accuracy --maximize --weights equal
-            --weights linear -o best.h5, where score.py in this folder has def accuracy(tensors):
-            of a dict of arrays""",
+        _USAGE,
+        "wavg sweep run/model_*.h5 --evaluate score:accuracy --maximize --weights linear\n"
+        "where score.py in this folder has a function accuracy(tensors) of a dict of arrays",
     )
     _add_evaluation(command)
-    add = command.add_argument
-    add(
+    command.part("weights").add_argument(
         "--weights",
         action="append",
         metavar="SPEC",
         help=f"{known()} (default: equal); several times: a line each",
     )
-    add("-o", "--output", metavar="OUTPUT", help="write the best average here")
+    add_output(command, "write the best average here")
+    add = command.part("output").add_argument
     add("--csv", metavar="FILE", help="write the scores here")
     add("--plot", metavar="FILE", help="draw them here: .png, .svg, .pdf (needs matplotlib)")
-    add(
+    add_overwrite(command, "existing outputs")
+    add_tensors(command)
+    command.part("resources").add_argument(
         "--max-memory",
         type=size,
         metavar="SIZE",
@@ -78,7 +89,9 @@ def add_sweep(commands: Any) -> None:
         "checkpoints are read more often (default: four sums, on disk sixteen, or 256MiB if that "
         "is more)",
     )
-    _add_common(command)
+    add_isolate(command)
+    add_json(command)
+    add_quiet(command)
 
 
 def add_soup(commands: Any) -> None:
@@ -88,12 +101,11 @@ def add_soup(commands: Any) -> None:
         "soup",
         _soup,
         "average those checkpoints that do not make the average's score worse, best first",
-        """\
-            wavg soup run/*.h5 --evaluate-command "python score.py {}" --minimize -o soup.h5""",
+        _USAGE,
+        'wavg soup run/*.h5 --evaluate-command "python score.py {}" --minimize -o soup.h5',
     )
     _add_evaluation(command)
-    add = command.add_argument
-    add(
+    command.part("evaluation").add_argument(
         "--budget",
         type=positive,
         metavar="N",
@@ -103,13 +115,20 @@ def add_soup(commands: Any) -> None:
         command,
         "; --maximize and --minimize mean the metric and the score alike",
     )
-    add("-o", "--output", metavar="OUTPUT", help="write the soup here")
-    _add_common(command)
+    add_output(command, "write the soup here")
+    add_overwrite(command, "an existing output")
+    add_tensors(command)
+    add_isolate(command)
+    add_json(command)
+    add_quiet(command)
 
 
-def _add_evaluation(command: argparse.ArgumentParser) -> None:
+def _add_evaluation(command: Parser) -> None:
     add_inputs(command)
-    how = command.add_mutually_exclusive_group(required=True)
+    add = command.part("inputs").add_argument
+    add("--last", type=positive, action=_Once, metavar="N", help="only the newest N")
+    part = command.part("evaluation")
+    how = part.add_mutually_exclusive_group(required=True)
     how.add_argument(
         "--evaluate",
         metavar="MODULE:FUNCTION",
@@ -122,10 +141,9 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
         help="a command that scores the checkpoint {}, run without a shell; the last number it "
         "prints is the score",
     )
-    add_direction(command, required=True)
-    add = command.add_argument
+    add_direction(command, "evaluation", required=True)
+    add = part.add_argument
     add("--timeout", type=float, metavar="SECONDS", help="end a COMMAND that takes longer")
-    add("--last", type=positive, action=_Once, metavar="N", help="only the newest N")
     add(
         "--journal",
         metavar="FILE",
@@ -146,13 +164,6 @@ class _Once(argparse.Action):
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{option_string} is given twice; all lengths up to N are tried anyway")
         setattr(namespace, self.dest, values)
-
-
-def _add_common(command: argparse.ArgumentParser) -> None:
-    add_tensors(command)
-    command.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    add_json(command)
-    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def _sweep(options: argparse.Namespace) -> None:
         result.plot(options.plot, overwrite=options.overwrite)
     if not (options.quiet or options.json):
         for path in filter(None, (options.output, options.csv, options.plot)):
-            print(f"wrote {path}")
+            print(printable(f"wrote {path}"))
         if not options.output:
             words = ["--weights", str(best.weights), "--last", str(best.n), *_repeated(options)]
             print(f"to write the best: wavg average INPUT... -o OUTPUT {shlex.join(words)}")
@@ -266,4 +277,4 @@ def _soup(options: argparse.Namespace) -> None:
         print(result)
         print(f"{bytes_of(result.bytes_read)} read")
         if options.output:
-            print(f"wrote {options.output}")
+            print(printable(f"wrote {options.output}"))

@@ -7,17 +7,19 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from wavg import weights as schedules
+from wavg.cli_options import add_command, add_json, numbers, positive
 from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
+from wavg.printable import printable
 from wavg.schedule import spell_number
 
-__all__ = ["add_arguments", "amplifies", "figures_line", "gathered", "glyph", "known", "run"]
+__all__ = ["add_weights", "amplifies", "figures_line", "gathered", "glyph", "known"]
 
 
 def known() -> str:
@@ -28,15 +30,18 @@ def known() -> str:
     )
 
 
-def add_arguments(
-    command: argparse.ArgumentParser, positive: Callable[[str], int], numbers: Callable[[str], Any]
-) -> None:
-    """Declare the command's arguments, with the types that the command line has for numbers."""
-    add = command.add_argument
+def add_weights(commands: Any) -> None:
+    """Declare ``wavg weights``."""
+    command = add_command(
+        commands,
+        "weights",
+        _run,
+        "show the weights of a schedule",
+        "SPEC (-n N | --steps A,B,... | INPUT...) [OPTION...]",
+        "wavg weights linear -n 10 --compare ema:decay=0.8 --plot weights.png",
+    )
+    add = command.part("weights").add_argument
     add("spec", metavar="SPEC", nargs="?", help=known())
-    add("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
-    add("-n", type=positive, metavar="N", help="for N checkpoints, one step apart")
-    add("--steps", type=numbers, metavar="A,B,...", help="for checkpoints at these")
     add(
         "--compare",
         action="append",
@@ -49,10 +54,17 @@ def add_arguments(
         action="store_true",
         help="list all schedules with their parameters; as without a SPEC",
     )
-    add("--plot", metavar="FILE", help="draw the weights into a picture, .png, .svg or .pdf")
+    add = command.part("of which checkpoints").add_argument
+    add("inputs", metavar="INPUT", nargs="*", help="checkpoints, for their steps")
+    add("-n", type=positive, metavar="N", help="N of them, one step apart")
+    add("--steps", type=numbers, metavar="A,B,...", help="those at these steps")
+    command.part("printing").add_argument(
+        "--plot", metavar="FILE", help="draw the weights into a picture, .png, .svg or .pdf"
+    )
+    add_json(command)
 
 
-def run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     """Show what was asked for."""
     given = [bool(options.inputs), options.n is not None, options.steps is not None]
     if options.list or not (options.spec or any(given)):
@@ -87,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_chart(str(rule), steps, merit)))
     print("".join(f"{note}\n" for note in notes), end="")
     if options.plot:
-        print(f"drew {options.plot}")
+        print(printable(f"drew {options.plot}"))
 
 
 @contextlib.contextmanager
@@ -128,9 +140,9 @@ def _rows(
         opening = partial(open_file, isolate=True)
         paths, steps = in_time(expand(options.inputs, sort=True), None, rules, opening)
         return steps, [weigh(rule, paths, steps, opening) for rule in rules]
-    numbers = options.steps or range(1, options.n + 1)
+    given = options.steps or range(1, options.n + 1)
     for rule in rules:
-        steps = schedules.check_steps(numbers, repeats=rule.repeats)
+        steps = schedules.check_steps(given, repeats=rule.repeats)
     return steps, [rule(steps) for rule in rules]
 
 
@@ -160,7 +172,7 @@ def _chart(text: str, steps: Sequence[float], merit: schedules.Figures) -> Itera
 def figures_line(text: str, merit: schedules.Figures, count: int, *, always: bool = False) -> str:
     """Describe weights in one line; an amplification of 1 only if `always`."""
     line = (
-        f"weights {text}: effective number {merit.effective_number:.2f} of {count}, "
+        f"weights {printable(text)}: effective number {merit.effective_number:.2f} of {count}, "
         f"mean age {merit.mean_age:.4g} steps"
     )
     if always or merit.amplification > 1.0000001:

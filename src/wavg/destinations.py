@@ -8,7 +8,14 @@ import stat
 
 from wavg.errors import OutputError, OutputExistsError
 
-__all__ = ["bare", "is_stream", "refuse_existing", "refuse_full", "refuse_unnamable"]
+__all__ = [
+    "bare",
+    "is_stream",
+    "refuse_device",
+    "refuse_existing",
+    "refuse_full",
+    "refuse_unnamable",
+]
 
 
 def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None:
@@ -20,7 +27,7 @@ def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None
         There is something that was not to be replaced.
     OutputError
         What is there is of another kind, a device for example; the folder it is to be in is
-        missing, or the system refuses the path.
+        missing or may not be written to, or the system refuses the path.
     """
     refuse_unnamable(path)
     path_of_folder = bare(path)
@@ -35,10 +42,7 @@ def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None
             errno=error.errno,
         ) from error
     if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise OutputError(
-            f"{path} is a device, pipe or socket, which is not replaced; the output is a file",
-            path=path,
-        )
+        raise _no_place(path)
     if os.path.lexists(path_of_folder if folder else path) and not overwrite:
         raise OutputExistsError(
             f"{path} exists; choose another output, or pass overwrite=True (--overwrite)", path=path
@@ -50,6 +54,38 @@ def refuse_existing(path: str, overwrite: bool, *, folder: bool = False) -> None
     parent = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(parent):
         raise OutputError(f"cannot write {path}: there is no folder {parent}", path=path)
+    if not os.access(
+        parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        number = errno.EROFS if _is_read_only(parent) else errno.EACCES
+        raise OutputError(
+            f"cannot write {path}: {os.strerror(number)} for the folder {parent}; name an output "
+            "in one that you may write to",
+            path=path,
+            errno=number,
+        )
+
+
+def refuse_device(path: str) -> None:
+    """Raise `OutputError` if what is at a path is neither file nor folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing, or what is told of a name that has an ending
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise _no_place(path)
+
+
+def _no_place(path: str) -> OutputError:
+    return OutputError(
+        f"{path} is a device, pipe or socket, which is not replaced; name a file, or, to write "
+        "nothing, use plan_average (--dry-run)",
+        path=path,
+    )
+
+
+def _is_read_only(folder: str) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def refuse_unnamable(path: str) -> None:

@@ -15,12 +15,18 @@
     ├── OutOfMemoryError        (MemoryError)      the system has no memory, or thread, for it
     └── MissingDependencyError  (ImportError)      an optional package is needed
 
-A missing input stays `FileNotFoundError`, a wrong argument type `TypeError`.
+Advice has the names of Python with the command line's behind them, as in ``overwrite=True
+(--overwrite)``; the command line shows only its own.
+
+A missing input stays `FileNotFoundError`, one that may not be read `PermissionError`. An argument
+that makes no sense, whatever the files, is a `ValueError` or, of a wrong type, a `TypeError`.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from wavg.printable import printable
 
 __all__ = [
     "CheckpointChangedError",
@@ -39,7 +45,7 @@ __all__ = [
 
 
 class WavgError(Exception):
-    """The root of every error that wavg raises on purpose.
+    r"""The root of the errors that files, weights and the system give cause to.
 
     Parameters
     ----------
@@ -49,17 +55,33 @@ class WavgError(Exception):
         Raw values for programs (``path``, ``tensor``, ``index``, ``differences`` …); each becomes
         an attribute of the exception.
 
+    Notes
+    -----
+    What is printed is the message, in one line, and below it the differences, if there are any, a
+    line for each. Names in them are shown so that they cannot forge lines or steer a terminal.
+
     Examples
     --------
-    >>> error = WavgError("model.h5: truncated", path="model.h5")
+    >>> error = WavgError("a\nb.h5: truncated", path="a\nb.h5")
+    >>> print(error)
+    a\nb.h5: truncated
     >>> error.path
-    'model.h5'
+    'a\nb.h5'
     """
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         for name, value in details.items():
             setattr(self, name, value)
+
+    @property
+    def message(self) -> str:
+        """What is wrong, with names as they are."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        lines = (f"  {printable(difference)}" for difference in self.differences or ())
+        return "\n".join((printable(self.message), *lines))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("path", "tensor", "index", "differences"):

@@ -306,8 +306,8 @@ def evaluator_of(
     """
     if (evaluate is None) == (command is None):
         raise WavgError(
-            "say how to score a model: either with a function (evaluate, --evaluate) or with a "
-            "command (evaluate_command, --evaluate-command)"
+            "say how to score a model, in one way: evaluate (--evaluate) with a function, or "
+            "evaluate_command (--evaluate-command) with a command"
         )
     if timeout is not None and not timeout > 0:
         raise WavgError(f"timeout must be a positive number of seconds, not {timeout}")
@@ -315,8 +315,8 @@ def evaluator_of(
         return Command(command, timeout)
     if timeout is not None:
         raise WavgError(
-            "a function in this process cannot be timed out; use a command (evaluate_command, "
-            "--evaluate-command), which can"
+            "a function in this process cannot be timed out; evaluate_command (--evaluate-command) "
+            "runs a command, which can"
         )
     if isinstance(evaluate, str):
         return Function(_imported(evaluate), evaluate)

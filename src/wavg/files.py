@@ -25,6 +25,7 @@ from wavg.inputs import PathLike
 from wavg.opening import available_cores, opened, uncollected, verify_unchanged
 from wavg.options import Options, parse_size
 from wavg.plan import Plan, Weighting, make_plans
+from wavg.printable import printable
 from wavg.record import Record, Source, names_within
 from wavg.sha256sums import Sums, SumsLike
 from wavg.shortage import shortages
@@ -60,7 +61,7 @@ class Report:
     differing: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"<Report: {self.output}, {self.plan!r}>"
+        return f"<Report: {printable(self.output)}, {self.plan!r}>"
 
 
 class PlanOptions(TypedDict, total=False):
@@ -242,8 +243,10 @@ def average_checkpoints(
     ------
     WavgError
         See `wavg.errors`: damaged input, mismatched structures, NaN, an output that exists …
-    FileNotFoundError
-        A missing input.
+    FileNotFoundError, PermissionError
+        An input that is missing, or may not be read.
+    ValueError, TypeError
+        An argument that makes no sense, whatever the files.
 
     Notes
     -----
@@ -426,7 +429,9 @@ def plan_average(
 ) -> Plan | list[Plan]:
     """Return what `average_checkpoints` would do, without reading a tensor or writing a byte.
 
-    Parameters are those of `average_checkpoints`; a list where that returns a list.
+    What that refuses before it begins is refused, too: a folder that may not be written to, a disk
+    without room. An output that exists is not. Parameters are those of `average_checkpoints`; a
+    list where that returns a list.
 
     Examples
     --------
@@ -460,6 +465,7 @@ def plan_average(
         outputs.refuse(target, paths[-1], overwrite=True)  # a folder that is missing is told now
     with opened(paths, opaque_dtype, isolate) as checkpoints:
         plans = _plans(checkpoints, selection, grid, targets, options)
+        outputs.refuse_full(plans)
         if check_sha256 is not None:
             expected = Sums(check_sha256)
             for identity in (each for c in checkpoints for each in c.index.files):

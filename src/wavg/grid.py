@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wavg import weights as schedules
-from wavg.destinations import bare
+from wavg.destinations import bare, refuse_device
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, is_folder_output
 from wavg.inputs import PathLike, expand, named_steps, read_steps
@@ -75,6 +75,7 @@ class Grid:
         for rule, number in self.cells(count):
             text = re.sub(r"[:/\\]", "-", str(rule))  # would lead elsewhere
             path = template.replace("{weights}", text).replace("{last}", str(number))
+            refuse_device(path)
             if not is_folder_output(path, newest):
                 format_of_output(path)
             if path in paths:
@@ -159,7 +160,7 @@ def _checked(last: int | None, count: int) -> int:
     if last is not None and not 1 <= last <= count:
         advice = f"; leave it away for all, or take lawa:last={last}, which takes what there is"
         raise WeightError(
-            f"last must be between 1 and {count}, the number of checkpoints, not {last}"
+            f"last (--last) must be between 1 and {count}, the number of checkpoints, not {last}"
             + advice * (last > count)
         )
     return last or count

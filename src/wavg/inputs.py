@@ -16,7 +16,8 @@ from typing import TypeAlias
 
 from wavg.errors import WavgError, WeightError
 from wavg.formats import ending_of, format_of_output, is_checkpoint_name
-from wavg.formats.folders import INDEX, checkpoint_in, is_shard, is_unfinished, why_none
+from wavg.formats.folders import INDEX, checkpoint_in, is_shard, is_unfinished, names_in, why_none
+from wavg.printable import printable
 
 __all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps", "rises"]
 
@@ -64,13 +65,14 @@ def expand(
     if sort:
         paths = in_order(paths)
     elif sort is None and _numbers_say_otherwise(paths):
+        ends = f"from {printable(paths[0])} to {printable(paths[-1])}"
         warnings.warn(
             "the checkpoints' names suggest another order than that of the list, which is taken as "
             "oldest first; pass sort=True to go by the names, sort=False for the list as it is"
             if len(given) > 1
-            else f"the last numbers of the names suggest another order than from {paths[0]} to "
-            f"{paths[-1]}, which is taken as oldest first; pass sort=True if it is right, or else "
-            "a list in the order of training and sort=False",
+            else f"the last numbers of the names suggest another order than {ends}, which is taken "
+            "as oldest first; pass sort=True if it is right, or else a list in the order of "
+            "training and sort=False",
             stacklevel=4,
         )
     seen: dict[str, str] = {}
@@ -138,20 +140,42 @@ def _expand_one(name: str, output: str | None) -> list[str]:
     if not os.path.lexists(name) and glob.has_magic(name):
         files = glob.glob(name, recursive=True)
         if not files:
+            _refuse_unseen(name)
             hint = "; write [[] for a bracket that is meant" if "[" in name else ""
-            raise FileNotFoundError(f"no file matches {name}{hint}")
+            raise FileNotFoundError(f"no file matches {printable(name)}{hint}")
         if any(map(os.path.isdir, files)):
             files = _without_output(_without_aliases(files), output)
             return [p for file in sorted(files, key=natural_key) for p in _expand_one(file, output)]
         return in_order(_without_output(_without_shards(_without_aliases(files)), output))
     if not os.path.exists(name):
-        raise FileNotFoundError(f"there is no file or folder {name or 'without a name'}")
+        _refuse_hidden(name)
+        raise FileNotFoundError(f"there is no file or folder {printable(name) or 'without a name'}")
     return [name]
+
+
+def _refuse_hidden(path: str) -> None:
+    """Raise `PermissionError` if the system does not let this user see whether a path is there."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # it is not, nor can be
+        pass
+
+
+def _refuse_unseen(pattern: str) -> None:
+    """Raise `PermissionError` if a glob finds nothing because its folder may not be looked into."""
+    folder = pattern
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    _refuse_hidden(folder)
+    if os.path.isdir(folder or os.curdir):
+        names_in(folder or os.curdir)
 
 
 def _of_folder(folder: str, output: str | None) -> list[str]:
     """Return a folder that is one checkpoint, or the files or folders in it that are."""
-    entries = (entry for entry in os.listdir(folder) if not entry.startswith("."))
+    entries = (entry for entry in names_in(folder) if not entry.startswith("."))
     paths = [os.path.join(folder, entry) for entry in entries]
     files = [path for path in paths if is_checkpoint_name(path) and os.path.isfile(path)]
     files = _without_shards(_without_aliases(files))
@@ -210,7 +234,7 @@ def _stem(path: str) -> str:
 def _no_checkpoint(folder: str) -> FileNotFoundError:
     why = why_none(folder)
     why = f": {why}" if why else ""
-    return FileNotFoundError(f"there is no checkpoint in the folder {folder}{why}")
+    return FileNotFoundError(printable(f"there is no checkpoint in the folder {folder}{why}"))
 
 
 def _numbered(path: str) -> bool:

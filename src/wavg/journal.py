@@ -141,9 +141,9 @@ class Journal:
             if head != series:
                 raise WavgError(
                     f"{path} is the journal of another series of evaluations; name another file, "
-                    "or remove this one:\n"
-                    + "\n".join(f"  {line}" for line in _differences(head, series)),
+                    "or remove this one:",
                     path=path,
+                    differences=list(_differences(head, series)),
                 )
         os.ftruncate(self._descriptor, whole)
         os.lseek(self._descriptor, 0, os.SEEK_END)

@@ -172,7 +172,7 @@ def _prove(reference: Checkpoint, files: Sequence[NewFile], templates: Sequence[
             with file.failures():
                 index = reference.look(name, file.temporary)
         except CheckpointFormatError as error:
-            raise _spoilt(reference, str(error).replace(file.temporary, file.path)) from error
+            raise _spoilt(reference, error.message.replace(file.temporary, file.path)) from error
         found = {spec.name: spec for spec in (*index.tensors, *index.others)}
         for written in template.targets.values():
             read = found.get(written.name)

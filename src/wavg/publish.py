@@ -357,9 +357,9 @@ def failures(
     try:
         yield
     except OutputError as error:
-        if temporary not in str(error):
+        if temporary not in error.message:
             raise
-        message = str(error).replace(temporary, path)
+        message = error.message.replace(temporary, path)
         raise OutputError(
             message, path=path, tensor=error.tensor, errno=getattr(error, "errno", None)
         ) from error

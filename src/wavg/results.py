@@ -17,6 +17,7 @@ import numpy.typing as npt
 from wavg.errors import WavgError
 from wavg.evaluation import Outcome, is_tie
 from wavg.inputs import PathLike
+from wavg.printable import printable
 from wavg.publish import write_file
 from wavg.scoring import better
 from wavg.sweep_picture import Points, draw
@@ -78,7 +79,7 @@ class Score:
         """Return a line that says what it is, its score with so many digits."""
         what = f"the newest {self.n}, {self.weights}" if self.weights else f"{_nth(self.n)} alone"
         if self.score is None:
-            return f"{what}: failed, {self.error}"
+            return f"{what}: failed, {printable(self.error)}"
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
         return f"{self.score:.{digits}g}{error}, {what}"
 
@@ -279,7 +280,7 @@ def _table(sweep: Sweep) -> Iterator[str]:
         for name in names
     ]
     direction = "higher" if sweep.maximize else "lower"
-    yield f"score by {sweep.evaluate}, {direction} is better:"
+    yield f"score by {printable(sweep.evaluate)}, {direction} is better:"
     yield "of the n-th newest checkpoint alone, and of the average of the newest n by each schedule"
     yield f"{'n':>4}  {'step':>8}" + "".join(
         f"  {name:>{width - 1}} " for name, width in zip(names, widths, strict=True)

@@ -207,7 +207,7 @@ def _column(source: str, rows: Sequence[Mapping[str, Any]], metric: str | None) 
         return metric
     if len(numeric) != 1:
         raise WavgError(
-            f"{source} has {', '.join(numeric)}; say which is the metric (metric, --metric)"
+            f"{source} has {', '.join(numeric)}; say which with metric (--metric)"
             if numeric
             else f"{source} has no column of numbers to choose by"
         )
@@ -252,7 +252,7 @@ def _first(source: str, steps: Sequence[float], counts: set[float], given: int |
     if len(fitting) != 1:
         raise WavgError(
             f"{source} counts epochs from 0, and the checkpoints' names "
-            f"({steps[0]:g} … {steps[-1]:g}) might count from 0 or from 1: say which is "
-            "the first epoch's number in them (first_epoch, --first-epoch)"
+            f"({steps[0]:g} … {steps[-1]:g}) might count from 0 or from 1: say what "
+            "they call the first epoch with first_epoch (--first-epoch)"
         )
     return fitting[0]

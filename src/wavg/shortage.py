@@ -36,8 +36,8 @@ def shortages() -> Iterator[None]:
             raise
         why = f": {error}" if str(error) else ""
         raise OutOfMemoryError(
-            f"out of memory{why}; max_memory and workers (--max-memory, --workers) bound what "
-            "averaging takes"
+            f"out of memory{why}; max_memory (--max-memory) and workers (--workers) "
+            "bound what averaging takes"
         ) from error
     except (SystemError, ValueError) as error:
         if isinstance(error, WavgError) or not re.search(_NO_REASON, str(error)):

@@ -19,6 +19,7 @@ from wavg.greedy import evaluated, greedy
 from wavg.grid import newest
 from wavg.inputs import PathLike
 from wavg.journal import Journal
+from wavg.printable import padded, printable
 from wavg.results import written
 from wavg.scoring import Scorer, described, journal_of, resumable
 from wavg.selection import metrics_of
@@ -221,8 +222,8 @@ def soup(
     elif budget is not None and budget <= len(paths):
         raise WavgError(
             f"a budget of {budget} evaluations leaves none for a soup: each of {len(paths)} "
-            "checkpoints is scored alone first. Allow more, take fewer (last, --last), or give "
-            "recorded scores (metrics, --metrics)"
+            "checkpoints is scored alone first. Allow more, take fewer with last (--last), or "
+            "give recorded scores with metrics (--metrics)"
         )
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -300,18 +301,18 @@ def soup(
 
 def _table(soup: Soup) -> Iterator[str]:
     direction = "higher" if soup.maximize else "lower"
-    yield f"score by {soup.evaluate}, {direction} is better"
-    width = max(len(trial.path) for trial in soup.trials)
-    yield f"{'checkpoint, best first':<{width}}  {'step':>8}  {'alone':>10}  {'soup with':>10}"
+    yield f"score by {printable(soup.evaluate)}, {direction} is better"
+    title, *names = padded(["checkpoint, best first", *(trial.path for trial in soup.trials)])
+    yield f"{title}  {'step':>8}  {'alone':>10}  {'soup with':>10}"
     wide = any(trial.standard_error is not None for trial in soup.trials)
-    for trial in soup.trials:
+    for name, trial in zip(names, soup.trials, strict=True):
         alone, score = (
             "-" if value is None else f"{value:.5g}" for value in (trial.alone, trial.score)
         )
         if wide:
             score = f"{score:>10}{_error(trial.standard_error):<10}" + (" ~" if trial.tie else "  ")
         verdict = "joins" if trial.taken else f"stays out{f': {trial.error}' * bool(trial.error)}"
-        yield f"{trial.path:<{width}}  {trial.step:>8g}  {alone:>10}  {score:>10}  {verdict}"
+        yield f"{name}  {trial.step:>8g}  {alone:>10}  {score:>10}  {printable(verdict)}"
     if any(trial.tie for trial in soup.trials):
         yield "~ within the standard error of the difference from the soup before: maybe chance"
     score = f"{soup.score:.5g}{_error(soup.standard_error)}"

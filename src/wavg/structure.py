@@ -206,7 +206,4 @@ def _tree(plain: Any) -> Any:
 
 def _refuse(differences: list[str]) -> None:
     if differences:
-        raise StructureMismatchError(
-            "the model differs from the first:\n  " + "\n  ".join(differences),
-            differences=differences,
-        )
+        raise StructureMismatchError("the model differs from the first:", differences=differences)

@@ -15,6 +15,8 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 
+from wavg.printable import printable
+
 try:
     import fcntl
 except ImportError:  # Windows: strays are then left for a person to remove
@@ -171,8 +173,8 @@ def remove_stray(path: str) -> None:
             remove(path)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be removed ({error.strerror}); the next run to the same output tries "
-            "again",
+            f"{printable(path)} cannot be removed ({error.strerror}); the next run to the same "
+            "output tries again",
             RuntimeWarning,
             stacklevel=2,
         )

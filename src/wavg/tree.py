@@ -74,10 +74,7 @@ def align(trees: list[Tree]) -> tuple[list[str], list[list[Any]]]:
         for text in _differences(first, tree, "")
     ]
     if differences:
-        raise StructureMismatchError(
-            "the trees differ from the first:\n  " + "\n  ".join(differences),
-            differences=differences,
-        )
+        raise StructureMismatchError("the trees differ from the first:", differences=differences)
     columns = zip(*(_in_order_of(first, tree) for tree in trees), strict=True)
     return [path for path, _ in leaves(first)], [list(column) for column in columns]
 

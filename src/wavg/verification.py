@@ -178,8 +178,8 @@ def _record(made: Checkpoint) -> Record:
     record = Record.read(made.metadata)
     if record is None:
         raise WavgError(
-            f"{made.path} has no record of how it came to be; average_checkpoints keeps one in "
-            "safetensors, unless record='none'",
+            f"{made.path} has no record of how it came to be; wavg keeps one in "
+            "safetensors that it averages, unless record='none' (--record none)",
             path=made.path,
         )
     if not record.sources:

@@ -145,7 +145,7 @@ def parse(text: str) -> Schedule:
         if key not in takes or not equals or key in arguments:
             raise WeightError(
                 f"cannot understand {part!r} in weights {text!r}; "
-                f"{name} takes {', '.join(takes) or 'no parameters'}"
+                f"{name} takes {', '.join(f'{key}=...' for key in takes) or 'no parameters'}"
             )
         read, kind = _READERS[takes[key].annotation.partition(" |")[0]]
         try:

@@ -104,12 +104,13 @@ _HDF5 = {"keras-h5", "keras-weights"}  # what the same ending, .h5, may stand fo
 _KERAS_3 = {"keras-weights", "keras", "keras-shards"}
 _KERAS_MEMBERS = (b"metadata.json", b"config.json", b"model.weights.h5")
 
+_PICKLES = "PyTorch pickles (write a state_dict with safetensors.torch.save_file)"
 # Known by name, and not read by this version: said plainly, rather than "unknown".
 _RECOGNISED = {
-    ".pt": "PyTorch pickles (save as safetensors)",
-    ".pth": "PyTorch pickles (save as safetensors)",
+    ".pt": _PICKLES,
+    ".pth": _PICKLES,
     ".ckpt": "PyTorch or TensorFlow checkpoints (save as safetensors)",
-    ".bin": "PyTorch pickles (save as safetensors)",
+    ".bin": _PICKLES,
 }
 
 
@@ -235,7 +236,8 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
     if row is None:
         known = ", ".join(suffix for row in FORMATS for suffix in row.suffixes)
         kind = _recognised(path)
-        why = f"{kind} are not written by this version of wavg" if kind else "no format is named so"
+        why = "this is a folder" if os.path.isdir(path) else "no format is named so"
+        why = f"{kind} are not written by this version of wavg" if kind else why
         raise OutputError(
             f"{path}: {why}; end the output's name with one of {known} (only after an input "
             "that is a folder of safetensors it may have no ending)",

@@ -49,7 +49,7 @@ def refuse_unlike(paths: Sequence[str]) -> None:
         count = f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
         raise StructureMismatchError(
             f"{count} between the adapters and the newest, {paths[-1]}, whose mean would mean "
-            "nothing:\n  " + "\n  ".join(differences),
+            "nothing:",
             differences=differences,
         )
 

@@ -84,6 +84,19 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def names_in(folder: str) -> list[str]:
+    """Return the names in a folder.
+
+    Raises
+    ------
+    PermissionError
+        It may not be listed; or not entered, so that nothing in it would seem to be there.
+    """
+    names = os.listdir(folder)
+    os.stat(os.path.join(folder, os.curdir))
+    return names
+
+
 def checkpoint_in(folder: str) -> str | None:
     """Return the file that stands for a folder which is one checkpoint, or None.
 
@@ -95,7 +108,7 @@ def checkpoint_in(folder: str) -> str | None:
     CheckpointFormatError
         There are weights in one file and in shards under the same name.
     """
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    names = sorted(name for name in names_in(folder) if not name.startswith("."))
     names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
     indexes = [name for name in names if name.endswith(INDEX)]
     plain = [name for name in names if name.endswith(WEIGHTS) and not is_shard(name)]

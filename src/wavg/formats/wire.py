@@ -49,7 +49,9 @@ def encode(index: Index) -> str:
 def encode_error(path: str, error: Exception) -> str:
     """Return as one line, a list, an exception that reading a file raised."""
     kind, message, number = type(error).__name__, str(error), getattr(error, "errno", None)
-    where, tensor = (error.path, error.tensor) if isinstance(error, WavgError) else (path, None)
+    where, tensor = path, None
+    if isinstance(error, WavgError):
+        message, where, tensor = error.message, error.path, error.tensor
     if isinstance(error, ImportError):
         kind = MissingDependencyError.__name__
     elif isinstance(error, MemoryError):
