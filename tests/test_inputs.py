@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wavg.errors import WavgError, WeightError
+from wavg.errors import CheckpointFormatError, InputError, WavgError, WeightError
 from wavg.inputs import expand, natural_key, read_steps
 
 
@@ -229,7 +229,7 @@ def test_a_glob_that_matches_folders_is_the_folders_as_a_list_is():
         ("nothing_*.h5", r"no file matches nothing_\*\.h5"),
         ("empty", "there is no checkpoint in the folder empty: it is empty$"),
         ("text", "there is no checkpoint in the folder text$"),
-        ("dangling.h5", "there is no file or folder dangling.h5"),
+        ("dangling.h5", "dangling.h5 is a link to gone.h5, where nothing is; bring that back"),
     ],
 )
 def test_what_is_missing_is_a_file_not_found_error(name, message):
@@ -240,6 +240,79 @@ def test_what_is_missing_is_a_file_not_found_error(name, message):
         expand(name)
     with pytest.raises(FileNotFoundError, match=message):
         expand(["there.h5", name])
+
+
+def run_of(kind):
+    """Make a run's folder with three checkpoints; return the name of a fourth."""
+    if kind == "files":
+        touch(*(f"run/z_{step}.npz" for step in (1, 2, 3)))
+        return "run/z_4.npz"
+    touch(*(f"run/checkpoint-{step}/model.safetensors" for step in (1, 2, 3)))
+    if kind == "whole":
+        touch("run/model.safetensors")
+    return "run/checkpoint-4"
+
+
+@pytest.mark.parametrize("kind", ["files", "folders"])
+@pytest.mark.parametrize("inputs", ["run", "run/*"])
+def test_a_link_to_nothing_under_a_checkpoints_name_is_not_passed_over(kind, inputs):
+    newest = run_of(kind)
+    assert len(expand(inputs)) == 3
+    os.symlink("gone", newest)
+    if (kind, inputs) == ("files", "run/*"):
+        assert newest in expand(inputs)  # which opening it will refuse
+    else:
+        with pytest.raises(FileNotFoundError, match=f"^{newest} is a link to gone.*, or name the"):
+            expand(inputs)
+
+
+@pytest.mark.parametrize("kind", ["files", "folders"])
+def test_links_in_a_circle_under_a_checkpoints_name_are_not_passed_over(kind):
+    newest = run_of(kind)
+    os.symlink(os.path.basename(newest), newest)
+    for inputs in ("run", newest):
+        with pytest.raises(InputError, match=f"cannot read {newest}: ") as caught:
+            expand(inputs)
+        assert caught.value.path == newest
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("kind", ["files", "folders"])
+def test_a_pipe_under_a_checkpoints_name_is_not_passed_over(kind):
+    newest = run_of(kind)
+    os.mkfifo(newest)
+    with pytest.raises(CheckpointFormatError, match=f"{newest} is a device, pipe or socket"):
+        expand("run")
+
+
+def test_a_link_to_nothing_in_a_run_with_a_final_model_is_told():
+    os.symlink("gone", run_of("whole"))
+    with pytest.raises(FileNotFoundError, match="checkpoint-4 is a link to gone"):
+        expand("run")
+
+
+def test_a_link_to_nothing_under_the_final_models_name_is_not_passed_over_for_another_file():
+    touch("run/other.safetensors")
+    os.symlink("gone", "run/model.safetensors")
+    assert expand("run") == ["run/model.safetensors"]  # which opening it will refuse
+
+
+@pytest.mark.parametrize("kind", ["files", "folders"])
+def test_what_bears_no_checkpoints_name_is_passed_over_whatever_it_is(kind):
+    run_of(kind)
+    for name in ("latest", "logs", "notes.txt", "runs-4", "tmp-checkpoint-5", ".z_5.npz"):
+        os.symlink("gone", f"run/{name}")
+    touch("run/checkpoint-list", "run/zz-4/readme.txt")
+    assert len(expand("run")) == 3
+
+
+@pytest.mark.parametrize("name", ["a\0b.npz", "\ud800.npz", "a\0*.npz"])
+def test_a_name_that_no_file_can_have_is_told_as_that(name):
+    with pytest.raises(
+        InputError, match=r"^cannot read '.*': no file can have this name$"
+    ) as caught:
+        expand(name)
+    assert caught.value.path == name
 
 
 def test_no_input_at_all_is_an_error():

@@ -608,7 +608,10 @@ def test_an_input_that_may_not_be_read_is_named(place, suffix):
 
 
 @pytest.mark.parametrize("mode", [0, 0o444, 0o222])
-@pytest.mark.parametrize("words", ["in", "in/*.npz", "in/m_1.npz", "in/[m]*/x.npz"])
+@pytest.mark.parametrize(
+    "words",
+    ["in", "in/*.npz", "in/m_1.npz", "in/[m]*/x.npz", "i*/*.npz", "i*/m_1.npz", "i*/m/*.npz"],
+)
 def test_inputs_that_may_not_be_seen_are_not_told_as_missing(place, monkeypatch, words, mode):
     (place / "in").mkdir()
     wavg.save(place / "in" / "m_1.npz", {"w": np.float32([1])})
@@ -620,9 +623,57 @@ def test_inputs_that_may_not_be_seen_are_not_told_as_missing(place, monkeypatch,
     assert str(caught.value.filename).startswith("in")
 
 
+@pytest.mark.parametrize("mode", [0, 0o444])
+@pytest.mark.parametrize(
+    "words", ["in", "in/*", "in/checkpoint-2", "in/*/model.safetensors.index.json"]
+)
+def test_a_checkpoint_that_may_not_be_looked_into_is_no_save_cut_short(
+    place, monkeypatch, words, mode
+):
+    for step in (1, 2, 3):
+        checkpoint = place / "in" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        for name in ("model.safetensors.index.json", "model-00001-of-00001.safetensors"):
+            (checkpoint / name).touch()
+    give_all(place)
+    os.chmod(place / "in" / "checkpoint-2", mode)
+    monkeypatch.chdir(place)
+    with unprivileged(), pytest.raises(PermissionError) as caught:
+        wavg.average_checkpoints(words)
+    assert caught.value.filename.startswith("in/checkpoint-2")
+
+
+@root
+@pytest.mark.parametrize("kind", ["folders", "files"])
+@pytest.mark.parametrize("last", [None, 1])
+def test_a_link_to_where_the_user_may_not_look_is_not_passed_over(place, monkeypatch, kind, last):
+    (place / "far").mkdir(mode=0o700)
+    for step in (1, 2, 3):
+        name = f"in/m-{step}/model.safetensors" if kind == "folders" else f"in/m-{step}.npz"
+        os.makedirs(os.path.dirname(place / name), exist_ok=True)
+        wavg.save(place / name, {"w": np.float32([step])})
+    newest = "in/m-4" if kind == "folders" else "in/m-4.npz"
+    os.symlink("../far/m-4", place / newest)
+    monkeypatch.chdir(place)
+    with unprivileged(), pytest.raises(PermissionError) as caught:
+        wavg.average_checkpoints("in", last=last)
+    assert caught.value.filename == newest
+
+
+@root
+def test_an_adapters_settings_that_may_not_be_read_are_not_told_as_none(place):
+    (place / "far").mkdir(mode=0o700)
+    for step in (1, 2):
+        (place / f"a-{step}").mkdir()
+        wavg.save(place / f"a-{step}" / "adapter_model.safetensors", {"w": np.float32([step])})
+        os.symlink("../far/config", place / f"a-{step}" / "adapter_config.json")
+    with unprivileged(), pytest.raises(PermissionError, match="a-1/adapter_config.json"):
+        wavg.average_checkpoints(f"{place}/a-*")
+
+
 def test_missing_inputs_are_told_as_that(place, monkeypatch):
     monkeypatch.chdir(place)
-    for words in ("*.npz", "in/*.npz", "in/m.npz", "m\0.npz"):
+    for words in ("*.npz", "in/*.npz", "in/m.npz", "m" * 300):
         with pytest.raises(FileNotFoundError, match=r"no file (matches|or folder)"):
             wavg.average_checkpoints(words)
 

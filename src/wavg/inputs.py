@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+from wavg.checkpoint import identify
 from wavg.errors import WavgError, WeightError
 from wavg.formats import ending_of, format_of_output, is_checkpoint_name
 from wavg.formats.folders import INDEX, checkpoint_in, is_shard, is_unfinished, names_in, why_none
+from wavg.places import is_folder, look
 from wavg.printable import printable
 
 __all__ = ["PathLike", "expand", "in_order", "named_steps", "natural_key", "read_steps", "rises"]
@@ -53,7 +55,10 @@ def expand(
     Raises
     ------
     FileNotFoundError
-        A path that does not exist, a glob or a folder without a checkpoint.
+        A path that does not exist, a glob or a folder without a checkpoint, a link in it that has a
+        checkpoint's name and leads to nothing.
+    PermissionError
+        What may not be looked into: nothing that may be a checkpoint is passed over for that.
     WavgError
         The same file twice; a folder that holds checkpoints of several kinds, or others besides
         those of a numbered series.
@@ -135,61 +140,70 @@ def _numbers_say_otherwise(paths: list[str]) -> bool:
 
 
 def _expand_one(name: str, output: str | None) -> list[str]:
-    if os.path.isdir(name):
+    if is_folder(name):
         return in_order(_of_folder(name, output))
     if not os.path.lexists(name) and glob.has_magic(name):
+        _refuse_unseen(name)
         files = glob.glob(name, recursive=True)
         if not files:
-            _refuse_unseen(name)
             hint = "; write [[] for a bracket that is meant" if "[" in name else ""
             raise FileNotFoundError(f"no file matches {printable(name)}{hint}")
         if any(map(os.path.isdir, files)):
             files = _without_output(_without_aliases(files), output)
             return [p for file in sorted(files, key=natural_key) for p in _expand_one(file, output)]
         return in_order(_without_output(_without_shards(_without_aliases(files)), output))
-    if not os.path.exists(name):
-        _refuse_hidden(name)
-        raise FileNotFoundError(f"there is no file or folder {printable(name) or 'without a name'}")
+    if look(name) is None:
+        raise _missing(name)
     return [name]
 
 
-def _refuse_hidden(path: str) -> None:
-    """Raise `PermissionError` if the system does not let this user see whether a path is there."""
-    try:
-        os.stat(path)
-    except PermissionError:
-        raise
-    except (OSError, ValueError):  # it is not, nor can be
-        pass
+def _missing(path: str) -> FileNotFoundError:
+    if not os.path.islink(path):
+        return FileNotFoundError(
+            f"there is no file or folder {printable(path) or 'without a name'}"
+        )
+    return FileNotFoundError(
+        printable(
+            f"{path} is a link to {os.readlink(path)}, where nothing is; bring that back, remove "
+            "the link, or name the checkpoints to average"
+        )
+    )
 
 
 def _refuse_unseen(pattern: str) -> None:
-    """Raise `PermissionError` if a glob finds nothing because its folder may not be looked into."""
-    folder = pattern
-    while glob.has_magic(folder):
-        folder = os.path.dirname(folder)
-    _refuse_hidden(folder)
-    if os.path.isdir(folder or os.curdir):
-        names_in(folder or os.curdir)
+    """Raise `PermissionError` if a glob passes over a folder because it may not be looked into."""
+    above, name = os.path.split(pattern)
+    folders = [above]
+    if glob.has_magic(above):
+        _refuse_unseen(above)
+        folders = glob.glob(above, recursive=True)
+    for folder in folders:
+        if not glob.has_magic(name):
+            look(os.path.join(folder, name))
+        elif is_folder(folder or os.curdir):
+            names_in(folder or os.curdir)
 
 
 def _of_folder(folder: str, output: str | None) -> list[str]:
     """Return a folder that is one checkpoint, or the files or folders in it that are."""
     entries = (entry for entry in names_in(folder) if not entry.startswith("."))
     paths = [os.path.join(folder, entry) for entry in entries]
-    files = [path for path in paths if is_checkpoint_name(path) and os.path.isfile(path)]
-    files = _without_shards(_without_aliases(files))
-    whole, inner = checkpoint_in(folder), list[str]()
-    if whole or not files:
+    whole, files, inner = checkpoint_in(folder), list[str](), list[str]()
+    if not whole:
+        files = [path for path in paths if is_checkpoint_name(path) and not is_folder(path)]
+        for path in files:
+            _refuse_other(path)
+        files = _without_shards(_without_aliases(files))
+    if not files:
         files = [whole] if whole else []
-        folders = [p for p in paths if os.path.isdir(p) and not is_unfinished(os.path.basename(p))]
+        paths = [path for path in paths if not is_unfinished(os.path.basename(path))]
         if whole:  # folders of other parts (a vision tower, a pooling layer) are none of a series
-            folders = [path for path in folders if _stem(path)]
+            paths = [path for path in paths if _stem(path)]
+        folders = [path for path in paths if os.path.isdir(path)]
         inner = [path for path in folders if checkpoint_in(path)]
+        _refuse_gaps({*paths} - {*folders} if whole else paths, inner)
         if whole and not inner:
             return files
-        if not whole:
-            _refuse_gaps(folders, inner)
         inner = _without_aliases(inner)
     found = _without_output(files + inner, output)
     if not found:
@@ -217,12 +231,24 @@ def _of_folder(folder: str, output: str | None) -> list[str]:
     return [(checkpoint_in(path) or path) if path in inner else path for path in found]
 
 
-def _refuse_gaps(folders: Iterable[str], checkpoints: Iterable[str]) -> None:
-    """Raise an error if a folder of a series is no checkpoint: none is passed over in silence."""
+def _refuse_gaps(paths: Iterable[str], checkpoints: Iterable[str]) -> None:
+    """Raise an error if a folder of a series is no checkpoint: none is passed over in silence.
+
+    A link to a folder that is not there, or may not be seen, is such a gap.
+    """
     series = {"checkpoint-", *map(_stem, checkpoints)} - {""}
-    for path in sorted({*folders} - {*checkpoints}, key=natural_key):
+    for path in sorted({*paths} - {*checkpoints}, key=natural_key):
         if _stem(path) in series:
-            raise _no_checkpoint(path)
+            if is_folder(path):
+                raise _no_checkpoint(path)
+            _refuse_other(path)
+
+
+def _refuse_other(path: str) -> None:
+    """Raise an error unless what is in a folder under a checkpoint's name is a file."""
+    if look(path) is None:
+        raise _missing(path)
+    identify(path)
 
 
 def _stem(path: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from wavg.checkpoint import Checkpoint
 from wavg.inputs import rises
+from wavg.places import is_file
 from wavg.record import KEY, Record
 
 __all__ = ["Open", "own_steps", "recorded_steps", "recorded_weights"]
@@ -87,7 +88,7 @@ def _steps_of(path: str, open_: Open) -> dict[str, float]:
     said |= {key: metadata.get(key) for key in _KEYS}
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     state = os.path.join(folder, _TRAINER)
-    if os.path.isfile(state):
+    if is_file(state):
         with open(state, encoding="utf-8", errors="replace") as file:
             said[_TRAINER] = _object(file.read()).get("global_step")
     return {key: number for key, value in said.items() if (number := _number(value)) is not None}

@@ -33,6 +33,7 @@ from wavg.checkpoint import Checkpoint, Index, TensorSpec, identify, reading
 from wavg.errors import CheckpointFormatError, OutputError
 from wavg.formats.folders import INDEX, checkpoint_in, has_folder, is_shard, why_none
 from wavg.formats.stand_ins import stand_in
+from wavg.places import is_folder
 from wavg.templates import Part
 
 __all__ = [
@@ -173,7 +174,7 @@ def open_file(
 def _open_file(
     path: str, opaque_dtype: str | None, like: Index | None, isolate: bool
 ) -> Checkpoint:
-    if os.path.isdir(path):
+    if is_folder(path):
         whole = checkpoint_in(path)
         if whole is None and (why := why_none(path)):
             raise CheckpointFormatError(f"{path} is no checkpoint: {why}", path=path)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wavg.errors import CheckpointFormatError, StructureMismatchError
+from wavg.places import is_file
 
 __all__ = ["refuse_unlike"]
 
@@ -58,7 +59,7 @@ def _read(path: str) -> dict[str, Any] | None:
     """Return an adapter's settings in a form that compares; None for what is no adapter."""
     folder, name = os.path.split(path)
     config = os.path.join(folder, _CONFIG)
-    if not name.startswith("adapter_model.") or not os.path.isfile(config):
+    if not name.startswith("adapter_model.") or not is_file(config):
         return None
     try:
         with open(config, "rb") as file:

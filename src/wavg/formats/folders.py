@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 
 from wavg.errors import CheckpointFormatError
+from wavg.places import is_folder
 
 __all__ = [
     "INDEX",
@@ -93,7 +94,10 @@ def names_in(folder: str) -> list[str]:
         It may not be listed; or not entered, so that nothing in it would seem to be there.
     """
     names = os.listdir(folder)
-    os.stat(os.path.join(folder, os.curdir))
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, folder) from None
     return names
 
 
@@ -109,7 +113,9 @@ def checkpoint_in(folder: str) -> str | None:
         There are weights in one file and in shards under the same name.
     """
     names = sorted(name for name in names_in(folder) if not name.startswith("."))
-    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    names = [name for name in names if name.endswith((WEIGHTS, INDEX, *_OTHER_KINDS))]
+    # A link to nothing is told when it is opened, not passed over for what else is there.
+    names = [name for name in names if not is_folder(os.path.join(folder, name))]
     indexes = [name for name in names if name.endswith(INDEX)]
     plain = [name for name in names if name.endswith(WEIGHTS) and not is_shard(name)]
     bases = [name.removesuffix(INDEX) for name in indexes]
