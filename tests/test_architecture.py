@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "rules": "schedule errors",
     "moving": "schedule errors",
     "posthoc": "moving schedule errors",
-    "listed": "rules schedule errors",
+    "listed": "places rules schedule errors",
     "weights": "schedule rules moving posthoc listed errors",
     "rounding": "errors",
     "exact": "rounding errors",
@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "inputs": "checkpoint formats places errors",
     "recorded": "checkpoint inputs places record",
     "grid": "destinations errors formats inputs recorded weights",
-    "sha256sums": "checkpoint inputs errors",
+    "sha256sums": "checkpoint inputs places errors",
     "opening": "checkpoint errors formats shortage",
     "outputs": "checkpoint destinations errors formats opening plan publish publish_folder record "
     "sinks templates temporaries",
@@ -105,7 +105,7 @@ MAY_IMPORT = {
     "results": "evaluation inputs publish scoring sweep_picture errors",
     "sweeps": "evaluation files formats grid inputs journal options outputs prefixes results "
     "scoring subjects prefix_sums weights errors",
-    "selection": "evaluation formats grid inputs errors",
+    "selection": "evaluation formats grid inputs places errors",
     "greedy": "evaluation prefixes scoring subjects prefix_sums errors",
     "soups": "evaluation files formats greedy grid inputs journal outputs results scoring "
     "selection subjects errors",

@@ -11,13 +11,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import wavg
-from wavg import cli, demo, picture
+from wavg import cli, demo, picture, temporaries
 from wavg import weights as schedules
 from wavg.formats import FORMATS
 
@@ -62,6 +63,13 @@ def assert_fails(outcome, message, code=1):
 
 def values(path):
     return {name: array.tolist() for name, array in wavg.load(path).items()}
+
+
+def error_of(outcome):
+    """The one JSON object on standard output that tells the error of standard error."""
+    code, out, err = outcome
+    assert (code, err.startswith("wavg: ")) == (1, True)
+    return json.loads(out)["error"]
 
 
 # wavg average
@@ -821,6 +829,134 @@ def test_a_report_that_cannot_be_printed_does_not_hide_that_the_work_is_done(tmp
             "what was done by then stands\n"
         )
         assert wavg.load(output)
+
+
+# what went wrong, as JSON and in a line
+
+
+def test_an_error_is_one_json_object_where_one_was_asked_for(run):
+    outcome = run("average", *FILES, "-o", "a.npz", "--exclude", "*", "--json")
+    told = error_of(outcome)
+    assert list(told) == ["type", "message", "path", "tensor", "differences"]
+    assert outcome[2] == f"wavg: {told['message']}\n"
+    Path("a.npz").touch()
+    assert error_of(run("average", *FILES, "-o", "a.npz", "--json")) == {
+        "type": "OutputExistsError",
+        "message": "a.npz exists; choose another output, or pass --overwrite",
+        "path": "a.npz",
+        "tensor": None,
+        "differences": [],
+    }
+
+
+def test_an_error_as_json_has_the_tensor_and_the_differences(run):
+    tensors = wavg.load(FILES[0]) | {"w": np.float32([np.nan, 1])}
+    wavg.save("nan_11.npz", tensors)
+    wavg.save("other_12.npz", tensors | {"b/c": np.ones((3, 2), np.float32)})
+    told = error_of(run("average", FILES[0], "other_12.npz", "-o", "a.npz", "--json"))
+    assert (told["type"], told["tensor"]) == ("StructureMismatchError", None)
+    assert len(told["differences"]) == 1
+    assert "b/c" in told["differences"][0]
+    assert told["message"].endswith(":")
+    told = error_of(run("average", FILES[0], "nan_11.npz", "-o", "a.npz", "--json"))
+    found = [told[key] for key in ("type", "path", "tensor")]
+    assert found == ["NonFiniteError", "nan_11.npz", "w"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["inspect", "nothing.npz"], "FileNotFoundError"),
+        (["verify", FILES[0]], "WavgError"),
+        (["weights", "nonesuch", "-n", "3"], "WeightError"),
+        (["sweep", *FILES, "--evaluate", "nonesuch:f", "--minimize"], "WavgError"),
+        (["soup", *FILES, "--evaluate", "nonesuch:f", "--minimize"], "WavgError"),
+    ],
+)
+def test_every_command_tells_its_errors_as_json(run, words, kind):
+    assert error_of(run(*words, "--json"))["type"] == kind
+    code, out, _ = run(*words)
+    assert (code, out) == (1, "")
+
+
+def test_an_error_behind_a_result_that_is_printed_is_no_second_object(run):
+    run("average", *FILES, "-o", "a.safetensors", "--quiet")
+    with open("a.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x77")
+    code, out, err = run("verify", "a.safetensors", "--full", "--json")
+    assert code == 1
+    assert json.loads(out)["faults"]
+    assert err.startswith("wavg: a.safetensors is not what")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_an_error_as_json_that_cannot_be_printed_is_told_once(run):
+    words = [sys.executable, "-m", "wavg", "inspect", "nothing.npz", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "wavg: nothing.npz: No such file or directory\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere the current folder is not removed")
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_current_folder_that_was_removed_is_told_as_that(run, json_too):
+    Path("gone").mkdir()
+    os.chdir("gone")
+    os.rmdir("../gone")
+    inputs = [f"../{name}" for name in FILES[:2]]
+    code, out, err = run("average", *inputs, "-o", "../a.npz", *["--json"] * json_too)
+    assert (code, out != "") == (1, json_too)
+    assert err.startswith("wavg: the current folder is no more")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_cannot_be_removed_is_a_warning_in_one_line(run, monkeypatch, quiet):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    Path("a\nb").mkdir()
+    words = ["average", *FILES, "-o", "a\nb/m.npz", *["--quiet"] * quiet]
+    assert run(*words)[0] == 0
+    monkeypatch.setattr(temporaries, "remove", refused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        code, out, err = run(*words, "--overwrite")
+        assert warnings.showwarning is before
+    assert (code, out == "") == (0, quiet)
+    for line in err.splitlines():
+        assert re.match(r"wavg: warning: .*a\\nb/\.m\.npz\..* cannot be removed \(Permiss", line)
+    assert err
+
+
+def test_warnings_of_others_keep_their_place(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *told: shown.append(told[2:4]))
+    Path("me.py").write_text(
+        "import warnings\ndef f(t):\n    warnings.warn('mine')\n    return 1\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = run("sweep", *FILES, "--evaluate", "me:f", "--minimize", "--quiet")
+    assert (code, err) == (0, "")
+    assert {*shown} == {(os.path.abspath("me.py"), 3)}
+
+
+def test_an_empty_name_of_an_output_is_told_as_that(run):
+    for words in (["average", *FILES], ["average", "."]):
+        assert_fails(run(*words, "-o", ""), "^wavg: the output's name is empty; name a file")
+    with pytest.raises(wavg.OutputError, match="name is empty"):
+        wavg.save("", {"w": 1.0})
+
+
+def test_a_refused_permission_is_told_with_what_to_do(run, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert_fails(run("inspect", FILES[0]), f"{FILES[0]}: Permission denied; ask whoever owns it")
 
 
 SCRIPT = "import sys; from _wavg import main; sys.exit(main())"  # what an installer makes of it

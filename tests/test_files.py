@@ -263,7 +263,9 @@ def test_a_file_that_ends_early_is_named(run, reads, tmp_path, monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(stream, "run", truncating)
-    with pytest.raises(wavg.CheckpointFormatError, match=r"model_2.* ends within w"):
+    with pytest.raises(
+        wavg.CheckpointFormatError, match=r"model_2.* ends within w: it was cut short; copy"
+    ):
         wavg.average_checkpoints(glob, tmp_path / "avg.safetensors")
     assert not [name for name in os.listdir(tmp_path) if "avg" in name]
 

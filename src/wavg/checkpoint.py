@@ -328,7 +328,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Return the error of a file that ends before a tensor does."""
         path = self.path_of(spec)
         return CheckpointFormatError(
-            f"{path}: the file ends within {spec.name}", path=path, tensor=spec.name
+            f"{path}: the file ends within {spec.name}: it was cut short; copy or save it "
+            "again, or wait for whoever is writing it",
+            path=path,
+            tensor=spec.name,
         )
 
     def descriptor(self, file: int) -> int:

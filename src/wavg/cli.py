@@ -12,9 +12,10 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import wavg
 from wavg import cli_inspect, cli_sweep, cli_weights
@@ -35,6 +36,7 @@ from wavg.cli_options import (
     count_of,
     positive,
     shard_size,
+    tell_json,
 )
 from wavg.errors import WavgError
 from wavg.files import Report, average_checkpoints, plan_average
@@ -63,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show
     ended: list[int] = []
+    options = argparse.Namespace()
     try:
-        with _terminable(ended):
+        with _terminable(ended), _warnings_in_a_line():
             options = _parsed(words)
             options.run(options)
             if sys.stdout is not None:
@@ -80,8 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(lines), file=sys.stderr)
         if _unprinted(error):
             _drop_output()
+        elif getattr(options, "json", False) and not hasattr(options, "json_told"):
+            return _print_error(error)
         return 1
     return 0
+
+
+def _print_error(error: Exception) -> int:
+    """Print an error as the JSON object that was asked for; return the exit code."""
+    try:
+        print(json.dumps({"error": _error_as_json(error)}, indent=2))
+        sys.stdout.flush()
+    except OSError:  # there is one error to tell, and it was told
+        _drop_output()
+    return 1
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
@@ -97,8 +112,11 @@ def _drop_output() -> None:
 
 
 def _unprinted(error: Exception) -> bool:
-    """Whether it was printing that the system refused: of files, errors have the names."""
-    if isinstance(error, WavgError) or not isinstance(error, OSError):
+    """Whether it was printing that the system refused: of files, errors have the names.
+
+    But not of the current folder, which is not there if it was removed.
+    """
+    if isinstance(error, (WavgError, FileNotFoundError)) or not isinstance(error, OSError):
         return False
     return error.errno is not None and not error.filename
 
@@ -106,12 +124,58 @@ def _unprinted(error: Exception) -> bool:
 def _told(error: Exception) -> str:
     if isinstance(error, WavgError):
         return "wavg: " + _BOTH_NAMES.sub(r"\1", str(error))
+    return printable(f"wavg: {_message(error)}")
+
+
+def _message(error: Exception) -> str:
+    """Return what an error says, with names as they are, and options as they are called here."""
+    if isinstance(error, WavgError):
+        return _BOTH_NAMES.sub(r"\1", error.message)
     if _unprinted(error):
         why = os.strerror(getattr(error, "errno", 0))
-        return f"wavg: standard output takes no more: {why}; what was done by then stands"
-    if isinstance(error, OSError) and error.filename:
-        return printable(f"wavg: {error.filename}: {error.strerror}")
-    return printable(f"wavg: {error}")
+        return f"standard output takes no more: {why}; what was done by then stands"
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    if not error.filename:
+        return "the current folder is no more, and names are looked for in it; change to another"
+    advice = "; ask whoever owns it for access" if isinstance(error, PermissionError) else ""
+    return f"{error.filename}: {error.strerror}{advice}"
+
+
+def _error_as_json(error: Exception) -> dict[str, Any]:
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    return {
+        "type": type(error).__name__,
+        "message": _message(error),
+        "path": None if path is None else str(path),
+        "tensor": getattr(error, "tensor", None),
+        "differences": list(getattr(error, "differences", None) or ()),
+    }
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print wavg's own warnings as a person can use them; those of others keep their place."""
+    before, own = warnings.showwarning, os.path.dirname(wavg.__file__) + os.sep
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if filename.startswith(own):
+            print(printable(f"wavg: warning: {message}"), file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextlib.contextmanager
@@ -305,7 +369,8 @@ def _average(options: argparse.Namespace) -> None:
             made = [(report.plan, report) for report in reports]
     if options.json:
         figures = [_plan_as_json(*parts) for parts in made]
-        print(json.dumps(figures[0] if len(made) == 1 else {"averages": figures}, indent=2))
+        whole = figures[0] if len(made) == 1 else {"averages": figures}
+        tell_json(options, json.dumps(whole, indent=2))
     elif not options.quiet:
         lines = itertools.chain(_made_as_text(made), _notes(made, options), notes)
         print("\n".join(map(printable, lines)))

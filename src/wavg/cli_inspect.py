@@ -18,6 +18,7 @@ from wavg.cli_options import (
     bytes_of,
     count_of,
     positive,
+    tell_json,
 )
 from wavg.cli_weights import glyph
 from wavg.errors import WavgError
@@ -81,7 +82,7 @@ def _inspect(options: argparse.Namespace) -> None:
         index = checkpoint.index
     record = Record.read(index.metadata)
     if options.json:
-        print(json.dumps(_as_json(index, record), indent=2))
+        tell_json(options, json.dumps(_as_json(index, record), indent=2))
     else:
         for line in _as_text(index, record):
             print(printable(line))
@@ -158,7 +159,7 @@ def _verify(options: argparse.Namespace) -> None:
     share = f"{found.compared:,} of {found.numbers:,} numbers"
     digests = bool(found.record.sources[0].sha256)
     if options.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        tell_json(options, json.dumps(dataclasses.asdict(found), indent=2))
     elif not found.faults:
         sha = ", and the inputs' digests are those recorded" * digests
         told = f"{found.output} is the average that its record says: {share} compared with "

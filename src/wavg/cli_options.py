@@ -35,6 +35,7 @@ __all__ = [
     "positive",
     "shard_size",
     "size",
+    "tell_json",
 ]
 
 T = TypeVar("T")
@@ -205,13 +206,19 @@ def add_limits(command: Parser) -> None:
 def add_json(command: Parser) -> None:
     """Add ``--json``."""
     add = command.part("printing").add_argument
-    add("--json", action="store_true", help="print one JSON object")
+    add("--json", action="store_true", help="print one JSON object, of an error too")
+
+
+def tell_json(options: argparse.Namespace, text: str) -> None:
+    """Print the one JSON object that ``--json`` asks for."""
+    options.json_told = True
+    print(text)
 
 
 def add_quiet(command: Parser) -> None:
     """Add ``--quiet``."""
     add = command.part("printing").add_argument
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--quiet", action="store_true", help="print nothing but errors and warnings")
 
 
 def add_opaque(command: Parser) -> None:

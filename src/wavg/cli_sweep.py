@@ -26,6 +26,7 @@ from wavg.cli_options import (
     count_of,
     positive,
     size,
+    tell_json,
 )
 from wavg.cli_weights import known
 from wavg.destinations import is_stream, refuse_existing
@@ -187,7 +188,7 @@ def _sweep(options: argparse.Namespace) -> None:
             **_arguments(options),
         )
     if options.json:
-        print(result.to_json(), end="")
+        tell_json(options, result.to_json().rstrip())
     elif not options.quiet:
         print(result)
         print(
@@ -272,7 +273,7 @@ def _soup(options: argparse.Namespace) -> None:
             **_arguments(options),
         )
     if options.json:
-        print(result.to_json(), end="")
+        tell_json(options, result.to_json().rstrip())
     elif not options.quiet:
         print(result)
         print(f"{bytes_of(result.bytes_read)} read")

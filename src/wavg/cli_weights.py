@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from wavg import weights as schedules
-from wavg.cli_options import add_command, add_json, numbers, positive
+from wavg.cli_options import add_command, add_json, numbers, positive, tell_json
 from wavg.formats import open_file
 from wavg.grid import in_time, weigh
 from wavg.inputs import expand
@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         told = [
             _as_json(str(rule), steps, merit) for rule, merit in zip(rules, merits, strict=True)
         ]
-        print(json.dumps(told[0] if len(told) == 1 else {"schedules": told}, indent=2))
+        tell_json(options, json.dumps(told[0] if len(told) == 1 else {"schedules": told}, indent=2))
         return
     for number, (rule, merit) in enumerate(zip(rules, merits, strict=True)):
         if number:

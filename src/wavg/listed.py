@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from wavg.errors import WeightError
+from wavg.places import look
 from wavg.rules import explicit
 from wavg.schedule import F64, Input, Schedule, spell_number
 
@@ -36,6 +37,7 @@ def read(path: str) -> Schedule:
     FileNotFoundError
         There is no such file.
     """
+    look(path)  # which tells a name that no file can have
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             is_json = path.lower().endswith(".json")

@@ -19,6 +19,7 @@ from wavg.evaluation import direction_of
 from wavg.formats import ending_of, open_file
 from wavg.grid import newest
 from wavg.inputs import PathLike
+from wavg.places import look
 
 __all__ = ["best_checkpoints", "metrics_of"]
 
@@ -151,6 +152,7 @@ def _label(key: Any) -> str:
 
 def _rows(path: str) -> list[dict[str, Any]]:
     """Read a table."""
+    look(path)  # which tells a name that no file can have
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from wavg.checkpoint import reading
 from wavg.errors import WavgError
 from wavg.inputs import PathLike
+from wavg.places import look
 
 __all__ = ["Sums", "SumsLike"]
 
@@ -89,6 +90,7 @@ def _checked(pairs: Iterable[tuple[PathLike, str]]) -> list[tuple[str, str]]:
 
 
 def _read(path: str) -> list[tuple[str, str]]:
+    look(path)  # which tells a name that no file can have
     with reading(path), open(path, "rb") as file:
         raw = file.read(_LONGEST + 1)
     if len(raw) > _LONGEST:

@@ -231,6 +231,7 @@ def format_of_output(path: str, reference: Index | None = None) -> Format:
     name of another that Keras would not load, unless the reference has such a name itself.
     A folder is of safetensors, see `is_folder_output`.
     """
+    _refuse_nameless(path)
     if reference is not None and is_folder_output(path, reference.path):
         return _row("safetensors")
     row = _format_by_name(path)
@@ -265,6 +266,7 @@ def is_folder_output(path: str, reference: str) -> bool:
 
     That can only be made after a `reference` which has a folder to itself.
     """
+    _refuse_nameless(path)
     slash = not os.path.basename(path)
     if not slash and (ending_of(path) or _recognised(path)):
         return False
@@ -277,6 +279,11 @@ def is_folder_output(path: str, reference: str) -> bool:
             path=path,
         )
     return False
+
+
+def _refuse_nameless(path: str) -> None:
+    if not path:
+        raise OutputError("the output's name is empty; name a file, or a folder", path=path)
 
 
 def refuse_new(row: Format, path: str) -> None:
