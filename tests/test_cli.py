@@ -851,16 +851,16 @@ def test_an_error_is_one_json_object_where_one_was_asked_for(run):
 
 def test_an_error_as_json_has_the_tensor_and_the_differences(run):
     tensors = wavg.load(FILES[0]) | {"w": np.float32([np.nan, 1])}
-    wavg.save("nan_11.npz", tensors)
-    wavg.save("other_12.npz", tensors | {"b/c": np.ones((3, 2), np.float32)})
-    told = error_of(run("average", FILES[0], "other_12.npz", "-o", "a.npz", "--json"))
+    wavg.save("nan_11.safetensors", tensors)
+    wavg.save("other_12.safetensors", tensors | {"b/c": np.ones((3, 2), np.float32)})
+    told = error_of(run("average", FILES[0], "other_12.safetensors", "-o", "a.npz", "--json"))
     assert (told["type"], told["tensor"]) == ("StructureMismatchError", None)
     assert len(told["differences"]) == 1
     assert "b/c" in told["differences"][0]
     assert told["message"].endswith(":")
-    told = error_of(run("average", FILES[0], "nan_11.npz", "-o", "a.npz", "--json"))
+    told = error_of(run("average", FILES[0], "nan_11.safetensors", "-o", "a.npz", "--json"))
     found = [told[key] for key in ("type", "path", "tensor")]
-    assert found == ["NonFiniteError", "nan_11.npz", "w"]
+    assert found == ["NonFiniteError", "nan_11.safetensors", "w"]
 
 
 @pytest.mark.parametrize(
