@@ -990,6 +990,41 @@ def test_an_interruption_before_anything_is_begun_is_silent(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+def beginning(numpy, tmp_path, limit=""):
+    """Run the command with a module in NumPy's place, in a shell that may set a limit first."""
+    (tmp_path / "numpy.py").write_text(numpy)
+    places = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = {key: text for key, text in os.environ.items() if "BLAS" not in key}
+    return subprocess.run(
+        ["sh", "-c", f'{limit} "$@"', "sh", sys.executable, "-c", SCRIPT, "--version"],
+        capture_output=True,
+        text=True,
+        env={**environment, **places},
+        timeout=60,
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [
+        ("ulimit -v 16000000;", "1"),
+        ("ulimit -v 16000000; OPENBLAS_NUM_THREADS=2", "2"),
+        ("ulimit -v unlimited;", "None"),
+    ],
+)
+def test_openblas_starts_no_threads_where_memory_is_limited(tmp_path, limit, threads):
+    numpy = "import os\nprint(os.environ.get('OPENBLAS_NUM_THREADS'), flush=True)\nos._exit(0)\n"
+    done = beginning(numpy, tmp_path, limit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{threads}\n", "")
+
+
+def test_no_memory_to_begin_with_is_told_in_a_line(tmp_path):
+    done = beginning("raise MemoryError\n", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("wavg: out of memory before .*\n", done.stderr)
+
+
 def test_an_interruption_while_arguments_are_read_is_told(run, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt

@@ -302,7 +302,7 @@ def test_what_bears_no_checkpoints_name_is_passed_over_whatever_it_is(kind):
     run_of(kind)
     for name in ("latest", "logs", "notes.txt", "runs-4", "tmp-checkpoint-5", ".z_5.npz"):
         os.symlink("gone", f"run/{name}")
-    touch("run/checkpoint-list", "run/zz-4/readme.txt")
+    touch("run/checkpoint-list", "run/checkpoint-9", "run/zz-4/readme.txt")
     assert len(expand("run")) == 3
 
 
