@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wavg
 from wavg.errors import CheckpointFormatError, InputError, WavgError, WeightError
 from wavg.inputs import expand, natural_key, read_steps
 
@@ -405,3 +406,18 @@ def test_steps_of_no_paths_are_none():
 def test_what_a_run_writes_is_what_is_read(steps):
     for pattern in ("model_{}.h5", "weights.{:02d}-0.81.h5", "epoch=3-step={}.npz", "c-{}/m.npz"):
         assert read_steps([pattern.format(step) for step in steps]) == tuple(steps)
+
+
+@pytest.mark.parametrize("name", ["a\0b.json", "\ud800.csv"])
+def test_a_tables_name_that_no_file_can_have_is_told_as_that(name):
+    npz = [f"m_{step}.npz" for step in (1, 2)]
+    for path in npz:
+        wavg.save(path, {"w": 1.0})
+    calls = [
+        lambda: wavg.average_checkpoints(npz, weights=name),
+        lambda: wavg.average_checkpoints(npz, check_sha256=name),
+        lambda: wavg.best_checkpoints(npz, name, best=1, maximize=True),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="no file can have this name"):
+            call()
