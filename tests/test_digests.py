@@ -326,6 +326,29 @@ def test_names_are_taken_from_the_list_and_else_from_the_current_folder(tmp_path
     monkeypatch.chdir(tmp_path)
     sums = Sums(path)
     assert sums("lists/run/m.npz") == sums("run/m.npz") == DIGEST
+    path.write_text(f"{DIGEST}  run/m.npz\n{OTHER}  lists/run/m.npz\n")
+    sums = Sums(path)
+    assert sums("lists/run/m.npz") == DIGEST  # and what the current folder makes of it is not asked
+    with pytest.raises(WavgError, match="not among"):
+        sums("m.npz")  # a name alone is not looked for in other folders
+
+
+def test_names_of_a_mapping_are_taken_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums = Sums({"run/m.npz": DIGEST, tmp_path / "k.npz": OTHER})
+    assert sums(str(tmp_path / "run" / "m.npz")) == DIGEST
+    assert sums("run/../k.npz") == OTHER
+    with pytest.raises(WavgError, match="not among"):
+        sums("m.npz")
+
+
+def test_a_link_is_the_file_that_it_leads_to(tmp_path):
+    """As in a Hugging Face cache, whichever of the two names is listed."""
+    (tmp_path / "blob").write_text("numbers")
+    (tmp_path / "m.npz").symlink_to("blob")
+    for listed, asked in (("blob", "m.npz"), ("m.npz", "blob")):
+        (tmp_path / "sums").write_text(f"{DIGEST}  {listed}\n")
+        assert Sums(tmp_path / "sums")(str(tmp_path / asked)) == DIGEST
 
 
 @pytest.mark.parametrize(
@@ -387,6 +410,18 @@ def test_command_records_and_checks(run, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 1
     assert f"expected {DIGEST}" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("record", ["none", "inputs"])
+@pytest.mark.parametrize("first", [True, False])
+def test_options_that_disagree_on_the_record_are_refused(run, tmp_path, capsys, record, first):
+    command = ["average", str(run), "-o", str(tmp_path / "a.safetensors")]
+    options = [["--record", record], ["--sha256"]]
+    with pytest.raises(SystemExit) as caught:
+        main([*command, *options[first], *options[not first]])
+    assert caught.value.code == 2
+    assert f"--record {record} keeps none; use one of them" in capsys.readouterr().err
+    assert main([*command, "--sha256", "--record", "sha256", "--quiet"]) == 0
 
 
 def test_a_dry_run_looks_whether_the_inputs_are_listed(run, tmp_path, capsys):
