@@ -213,7 +213,8 @@ def average_checkpoints(
         ``"sha256"`` their digests too, made as they are read; ``"none"``.
     check_sha256
         The SHA-256 that the inputs' files are to have: a list of them as ``sha256sum`` prints it,
-        or a mapping from paths. One that has another, or is not listed, ends the run.
+        with names from the folder that the list is in, or else from the current one; or a mapping
+        from paths. A file that has another, or is not listed, ends the run.
     max_shard_size
         Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
         text (``"5GB"``), as huggingface_hub does; by default it is divided as the newest's is.
