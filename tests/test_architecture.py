@@ -28,7 +28,7 @@ FACE = "wavg"  # `import wavg` itself
 MAY_IMPORT = {
     "errors": "",
     "_version": "",
-    "record": "_version",
+    "record": "_version errors",
     "dtypes": "errors",
     "arrays": "errors",
     "tree": "errors",
@@ -339,6 +339,7 @@ BASES = {
     "WavgError": Exception,
     "CheckpointFormatError": ValueError,
     "CheckpointChangedError": RuntimeError,
+    "RecordError": ValueError,
     "StructureMismatchError": ValueError,
     "WeightError": ValueError,
     "NonFiniteError": ValueError,

@@ -20,7 +20,7 @@ from wavg.cli_options import (
     printable,
 )
 from wavg.cli_weights import glyph
-from wavg.errors import WavgError
+from wavg.errors import RecordError, WavgError
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
 
@@ -74,21 +74,26 @@ def _inspect(options: argparse.Namespace) -> None:
         options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
     ) as checkpoint:
         index = checkpoint.index
-    record = Record.read(index.metadata)
+    record, trouble = None, ""
+    try:
+        record = Record.parse(index.metadata[KEY]) if KEY in index.metadata else None
+    except RecordError as error:
+        trouble = str(error)
     if options.json:
-        print(json.dumps(_as_json(index, record), indent=2))
+        print(json.dumps(_as_json(index, record, trouble), indent=2))
     else:
-        for line in _as_text(index, record):
+        for line in _as_text(index, record, trouble):
             print(printable(line))
 
 
-def _as_json(index: Index, record: Record | None) -> dict[str, Any]:
+def _as_json(index: Index, record: Record | None, trouble: str) -> dict[str, Any]:
     return {
         "path": index.path,
         "format": index.format,
         "bytes": sum(identity.size for identity in index.files),
         "metadata": dict(index.metadata),
         "record": dataclasses.asdict(record) if record else None,
+        "unreadable_record": trouble or None,
         **{
             key: [
                 {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
@@ -99,13 +104,15 @@ def _as_json(index: Index, record: Record | None) -> dict[str, Any]:
     }
 
 
-def _as_text(index: Index, record: Record | None) -> Iterator[str]:
+def _as_text(index: Index, record: Record | None, trouble: str) -> Iterator[str]:
     total = sum(identity.size for identity in index.files)
     numbers = sum(spec.size for spec in index.tensors)
     yield f"{index.path}: {index.format}, {bytes_of(total)}"
     for key, value in index.metadata.items():
         if key != KEY or record is None:
             yield f"  {key}: {value if len(value) <= _LONGEST else value[: _LONGEST - 3] + '...'}"
+    if trouble:
+        yield f"its record of how it came to be cannot be read: {trouble}"
     if record is not None:
         yield from _record_as_text(record)
     for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):

@@ -20,14 +20,14 @@ from wavg import stream
 from wavg.checkpoint import Checkpoint, TensorSpec
 from wavg.decisions import Decision
 from wavg.digests import Digest, Digests
-from wavg.errors import CheckpointFormatError, NonFiniteError, WavgError
+from wavg.errors import CheckpointFormatError, NonFiniteError, RecordError, WavgError
 from wavg.formats import open_file
 from wavg.formats.folders import checkpoint_in
 from wavg.inputs import PathLike, expand
 from wavg.opening import available_cores, opened, verify_unchanged
 from wavg.options import IN_THE_NUMBERS, Options, parse_size
 from wavg.plan import Weighting, make_plans
-from wavg.record import Record, Source
+from wavg.record import KEY, Record, Source
 from wavg.stored import open_checkpoint
 
 __all__ = ["Verification", "verify"]
@@ -102,8 +102,8 @@ def verify(
 
     Raises
     ------
-    WavgError
-        The file has no record, or one of models that came from memory.
+    RecordError
+        The file has no record, or one that is damaged, newer, or of models that came from memory.
     FileNotFoundError
         An input is not where it was looked for.
 
@@ -175,17 +175,22 @@ def verify(
 
 
 def _record(made: Checkpoint) -> Record:
-    record = Record.read(made.metadata)
-    if record is None:
-        raise WavgError(
-            f"{made.path} has no record of how it came to be; average_checkpoints keeps one in "
+    path = made.path
+    if KEY not in made.metadata:
+        raise RecordError(
+            f"{path} has no record of how it came to be; average_checkpoints keeps one in "
             "safetensors, unless record='none'",
-            path=made.path,
+            path=path,
         )
+    try:
+        record = Record.parse(made.metadata[KEY])
+    except RecordError as error:
+        raise RecordError(
+            f"{path}: its record of how it came to be cannot be read: {error}", path=path
+        ) from None
     if not record.sources:
-        raise WavgError(
-            f"{made.path} was averaged from models in memory, and cannot be computed again",
-            path=made.path,
+        raise RecordError(
+            f"{path} was averaged from models in memory, and cannot be computed again", path=path
         )
     return record
 
@@ -206,8 +211,8 @@ def _options(record: Record, path: str, **limits: int) -> Options:
         raise _puzzling(path, str(error)) from None
 
 
-def _puzzling(path: str, why: str) -> WavgError:
-    return WavgError(f"{path}: its record cannot be understood: {why}", path=path)
+def _puzzling(path: str, why: str) -> RecordError:
+    return RecordError(f"{path}: its record cannot be understood: {why}", path=path)
 
 
 def _given(inputs: PathLike | Iterable[PathLike]) -> list[str]:
