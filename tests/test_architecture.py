@@ -78,10 +78,11 @@ MAY_IMPORT = {
     "grid": "destinations errors formats inputs recorded weights",
     "sha256sums": "checkpoint inputs errors",
     "opening": "checkpoint errors formats shortage",
-    "outputs": "checkpoint destinations errors formats opening plan publish publish_folder record "
-    "sinks templates temporaries",
-    "files": "checkpoint digests errors formats grid inputs opening options outputs plan publish "
-    "record sha256sums shortage sinks stream weights",
+    "carried": "checkpoint digests formats plan",
+    "outputs": "carried checkpoint destinations errors formats opening plan publish publish_folder "
+    "record sinks templates temporaries",
+    "files": "carried checkpoint digests errors formats grid inputs opening options outputs plan "
+    "publish record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",
     "verification": "stored checkpoint decisions digests errors formats inputs opening options "
     "plan record stream",

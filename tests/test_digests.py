@@ -18,6 +18,7 @@ import pytest
 import hf_folders
 import wavg
 from wavg import digests, tasks, workers
+from wavg.carried import CarriedFile
 from wavg.cli import main
 from wavg.digests import BUFFER_BYTES, Digests
 from wavg.errors import (
@@ -284,6 +285,62 @@ def test_every_file_of_a_sharded_checkpoint_is_compared(tmp_path):
     sums.write_text("\n".join(lines))
     with pytest.raises(CheckpointFormatError, match=r"-of-00002\.safetensors is another file"):
         wavg.average_checkpoints(inputs, check_sha256=sums)
+
+
+def listed_run(tmp_path):
+    """Checkpoints in folders, and a list of every file in them."""
+    inputs = hf_folders.trainer_run(str(tmp_path / "run"), shards=(1, 2))
+    files = [str(f.relative_to(tmp_path)) for f in (tmp_path / "run").rglob("*") if f.is_file()]
+    return inputs, list_of(tmp_path, files)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
+def test_what_is_copied_into_a_folder_is_compared_too(tmp_path, options):
+    inputs, sums = listed_run(tmp_path)
+    output = tmp_path / "out"
+    wavg.average_checkpoints(inputs, output, check_sha256=sums, **options)
+    made = hf_folders.contents(output)
+    wavg.average_checkpoints(inputs, tmp_path / "plain", **options)
+    assert made == hf_folders.contents(tmp_path / "plain")
+    for name in ("modeling_tiny.py", "config.json"):
+        path = tmp_path / "run" / "checkpoint-1000" / name
+        before = path.read_bytes()
+        path.write_bytes(b" " + before[1:])
+        with pytest.raises(CheckpointFormatError, match=f"{name} is another file than expected"):
+            wavg.average_checkpoints(inputs, output, check_sha256=sums, overwrite=True, **options)
+        assert hf_folders.contents(output) == made
+        path.write_bytes(before)
+    assert sorted(os.listdir(tmp_path)) == ["SHA256SUMS", "out", "plain", "run"]
+
+
+def test_what_is_copied_into_a_folder_has_to_be_listed(tmp_path):
+    inputs, sums = listed_run(tmp_path)
+    (tmp_path / "run" / "checkpoint-1000" / "extra.py").write_text("import os")
+    asked = {"check_sha256": sums}
+    for ask in (wavg.average_checkpoints, wavg.plan_average):
+        with pytest.raises(WavgError, match=r"extra\.py is not among the files of .*; list it too"):
+            ask(inputs, tmp_path / "out", **asked)
+        ask(inputs, tmp_path / "one.safetensors", **asked)  # of a file nothing else is copied
+        ask(inputs, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(2 * BUFFER_BYTES + 1))
+    pieces = CarriedFile(str(path)).pieces()
+    assert next(pieces) == bytes(BUFFER_BYTES)
+    os.truncate(path, BUFFER_BYTES)
+    with pytest.raises(InputError, match=r"tokenizer\.json: the file became shorter"):
+        next(pieces)
+
+
+def test_files_of_the_older_folders_need_not_be_listed(tmp_path):
+    """They are neither averaged nor copied."""
+    inputs, sums = listed_run(tmp_path)
+    text = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(t for t in text if "-900" not in t or t.endswith("safetensors\n")))
+    wavg.average_checkpoints(inputs, tmp_path / "out", check_sha256=sums)
 
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32

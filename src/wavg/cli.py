@@ -237,7 +237,7 @@ def _add_average(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a list of the inputs' SHA-256, as sha256sum prints it, with names from the folder "
         "that FILE is in, or else from the current one: another file, or one that is not listed, "
-        "is refused",
+        "is refused, also of those copied into an output's folder",
     )
     add(
         "--max-shard-size",
