@@ -84,8 +84,14 @@ MAY_IMPORT = {
     "files": "carried checkpoint digests errors formats grid inputs opening options outputs plan "
     "publish record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",
-    "verification": "stored checkpoint decisions digests errors formats inputs opening options "
-    "plan record stream",
+    "findings": "",
+    "located": "checkpoint errors formats inputs record recorded",
+    "comparison": "checkpoint decisions",
+    "claims": "checkpoint digests errors findings grid inputs listed record recorded schedule "
+    "weights",
+    "likeness": "carried checkpoint decisions findings formats plan record templates",
+    "verification": "claims comparison findings likeness located stored checkpoint digests errors "
+    "formats inputs opening options plan record stream",
     "structure": "arrays quantised tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",

@@ -16,7 +16,7 @@ import pytest
 
 import hf_folders
 import wavg
-from wavg import verification
+from wavg import comparison
 from wavg.checkpoint import TensorSpec
 from wavg.cli import main
 
@@ -208,7 +208,8 @@ def test_a_record_that_names_an_input_twice_is_computed_again(run, tmp_path):
         record = wavg.Record.read(made.metadata)
     twice = dataclasses.replace(record, sources=record.sources * 2, count=2)
     tensors = wavg.load(path)
-    wavg.save(path, tensors, metadata={"wavg": twice.text()}, overwrite=True)
+    metadata = {"format": "pt", "wavg": twice.text()}
+    wavg.save(path, tensors, metadata=metadata, overwrite=True)
     assert wavg.verify(path, run).faults == ()
 
 
@@ -275,14 +276,26 @@ def test_a_record_cannot_name_files_outside(run, tmp_path, name):
 
 def test_the_command_line_tells_and_fails(run, output, capsys):
     assert main(["verify", str(output), str(run)]) == 0
-    out = capsys.readouterr().out
-    assert "is the average that its record says: 13,009 of 13,009 numbers" in out
-    assert "digests are those recorded" in out
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"{output} is the average that its record says",
+        "compared:",
+        "  13,009 of 13,009 numbers, computed again from 3 inputs",
+        "  the inputs' sizes and SHA-256 with those recorded",
+        "  the names, dtypes and shapes of all tensors",
+        "  the metadata with the newest input's",
+        "  the recorded weights with those of exponential:alpha=2 at the recorded steps",
+        "  the recorded steps with those that the inputs tell",
+    ]
     flip(output, output.stat().st_size - 1)
     assert main(["verify", str(output), "--full", "--json"]) == 1
     told = capsys.readouterr()
     assert len(json.loads(told.out)["faults"]) == 1
     assert "is not what its record says" in told.err
+    assert main(["verify", str(output)]) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines() == out[1:]
+    assert told.err.count("\n") == 2
 
 
 def test_an_input_that_has_no_numbers_any_more_is_a_fault_among_the_others(run, output):
@@ -338,7 +351,7 @@ def test_differences_that_threads_find_at_once_are_all_counted():
             out[...] = 0
 
     decision = SimpleNamespace(spec=Made().spec("w"))
-    sink = verification._Comparison(Made(), [verification._Part(decision, "w", 0)])
+    sink = comparison.Comparison(Made(), [comparison.Part(decision, "w", 0)])
     sink._wrong = Wrong()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda n: sink.write("w", n, np.ones(1, np.float32)), (1, 0)))

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wavg.checkpoint import Index
 from wavg.cli_options import (
@@ -23,6 +23,9 @@ from wavg.cli_weights import glyph
 from wavg.errors import RecordError, WavgError
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
+
+if TYPE_CHECKING:
+    from wavg.verification import Verification
 
 __all__ = ["add_inspect", "add_verify"]
 
@@ -53,8 +56,22 @@ def add_verify(commands: Any) -> None:
         "wavg verify average.safetensors run/ --full",
     )
     add = command.add_argument
-    add("output", metavar="OUTPUT", help="what wavg average wrote")
-    add("inputs", metavar="INPUT", nargs="*", help="where its inputs are (default: beside it)")
+    command.description = (command.description or "") + (
+        " The exit code is 0 if it is what its record says, as far as that was compared; 1 if it "
+        "is not, or cannot be compared; 2 for a command that makes no sense."
+    )
+    add(
+        "output",
+        metavar="OUTPUT",
+        help="what wavg average wrote; of a folder, what was copied into it is compared, too",
+    )
+    add(
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="where its inputs are, or, if they have other names now, just these (default: beside "
+        "it)",
+    )
     add("--full", action="store_true", help="compare every number, not a sample")
     add(
         "--blocks",
@@ -161,20 +178,25 @@ def _verify(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         workers=options.workers,
     )
-    share = f"{found.compared:,} of {found.numbers:,} numbers"
-    digests = bool(found.record.sources[0].sha256)
     if options.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
-    elif not found.faults:
-        sha = ", and the inputs' digests are those recorded" * digests
-        print(
-            f"{found.output} is the average that its record says: {share} compared with "
-            f"{count_of(len(found.inputs), 'input')}{sha}"
-        )
+    else:
+        for line in _verified_as_text(found):
+            print(printable(line))
     if found.faults:
-        doubt = "" if digests else "; or an input has changed, which --record sha256 would tell"
+        unsure = not all(source.sha256 for source in found.record.sources)
+        doubt = "; or an input has changed, which --sha256 would tell" if unsure else ""
         raise WavgError(
-            f"{found.output} is not what its record says ({share} compared){doubt}:\n  "
-            + "\n  ".join(found.faults),
+            f"{found.output} is not what its record says{doubt}:\n  " + "\n  ".join(found.faults),
             path=found.output,
         )
+
+
+def _verified_as_text(found: Verification) -> Iterator[str]:
+    if found:
+        yield f"{found.output} is the average that its record says"
+    for title, texts in (("compared", found.checked), ("not compared", found.unchecked)):
+        if texts:
+            yield f"{title}:"
+            yield from (f"  {text}" for text in texts)
+    yield from (f"note: {note}" for note in found.notes)

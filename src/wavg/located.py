@@ -1,0 +1,194 @@
+"""Where the inputs of a recorded average are.
+
+It goes by the names and sizes in the record, and reads no numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from wavg.errors import CheckpointFormatError, WavgError
+from wavg.formats.folders import checkpoint_in
+from wavg.inputs import PathLike, expand
+from wavg.record import Record, Source
+from wavg.recorded import Open
+
+__all__ = ["Located", "located"]
+
+
+class Located(NamedTuple):
+    """Where the inputs are, oldest first, and what may be unexpected about that."""
+
+    paths: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def located(
+    record: Record, output: str, inputs: PathLike | Iterable[PathLike] | None, open_: Open
+) -> Located:
+    """Return where an average's inputs are.
+
+    Those of the recorded names are taken, and else, of as many as are recorded, whatever they are
+    called.
+
+    Parameters
+    ----------
+    record
+        It names them.
+    output
+        The average, which is not its own input.
+    inputs
+        Where they are; None looks around the output.
+    open_
+        Opens a checkpoint, whose size tells whether it is the one that is meant.
+
+    Raises
+    ------
+    FileNotFoundError
+        One of them is not there.
+    WavgError
+        They are in several places.
+    """
+    if inputs is None:
+        paths, missing = _nearest(record, _candidates(os.path.abspath(output)), output, open_)
+        if not paths:
+            raise FileNotFoundError(
+                f"{_lacking(missing, output)} not to be found, of the size recorded; say where, as "
+                f"in `wavg verify {output} FOLDER`"
+            )
+        return Located(paths)
+    place = _given(inputs)
+    paths, missing = _nearest(record, [[place]], output, open_, whatever_size=True)
+    if paths:
+        return Located(paths, tuple(_unused(place, paths, output)))
+    paths = _expanded(inputs, output)
+    if len(paths) != len(record.sources):
+        raise FileNotFoundError(
+            f"{_lacking(missing, output)} not among what was given, which is {len(paths):,} "
+            f"checkpoints, where {len(record.sources):,} are recorded; if these have other names "
+            "now, name them and no others"
+        )
+    pairs = [f"{s.name} is {path}" for s, path in zip(record.sources, paths, strict=True)]
+    more = f" and {len(pairs) - 3:,} more" if len(pairs) > 3 else ""
+    return Located(
+        paths,
+        (f"the inputs have other names than recorded: {', '.join(pairs[:3])}{more}",),
+    )
+
+
+def _lacking(names: Sequence[str], output: str) -> str:
+    more = f" and {len(names) - 1:,} more inputs are" if len(names) > 1 else " is"
+    return f"{names[0]}, of which {output} was made,{more}"
+
+
+def _unused(place: Sequence[str], paths: Sequence[str], output: str) -> Iterator[str]:
+    used = {os.path.realpath(path) for path in (*paths, output)}
+    left = [p for p in place if not os.path.isdir(p) and os.path.realpath(p) not in used]
+    if left:
+        others = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+        yield f"not among the recorded inputs: {left[0]}{others}"
+
+
+def _expanded(inputs: PathLike | Iterable[PathLike], output: str) -> list[str]:
+    try:
+        paths = expand(inputs, sort=True)
+    except WavgError:  # of several kinds, say
+        return []
+    return [path for path in paths if not os.path.samefile(path, output)]
+
+
+def _given(inputs: PathLike | Iterable[PathLike]) -> list[str]:
+    """Return the paths in which to look: folders stay as they are, and are not to be averaged."""
+    listed = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    places = []
+    for path in [os.fspath(path) for path in listed]:
+        places += [path] if os.path.isdir(path) else expand(path, sort=False)
+    return places
+
+
+def _candidates(output: str) -> Iterator[list[list[str]]]:
+    """Yield the places in which the inputs may be, nearest first, those as near together."""
+    home = os.path.dirname(output)
+    for base in dict.fromkeys([home, os.path.dirname(home), os.getcwd()]):
+        yield [[base]]
+        yield [
+            [path] for path in sorted(entry.path for entry in os.scandir(base) if entry.is_dir())
+        ]
+
+
+def _nearest(
+    record: Record,
+    rings: Iterable[Sequence[Sequence[str]]],
+    output: str,
+    open_: Open,
+    *,
+    whatever_size: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Return the inputs' paths: all in the nearest place that has them, in the sizes recorded.
+
+    A place is a list of folders, and of files of which they are some. Where none has all, there are
+    no paths, but the names that the best place lacks.
+    """
+    sources = record.sources
+    sizes = [source.size for source in sources]
+    missing = [source.name for source in sources]
+    for ring in rings:
+        found = [[_within(source, place, output, open_) for source in sources] for place in ring]
+        here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
+        fitting = [paths for paths in here.values() if [_size(p, open_) for p in paths] == sizes]
+        if len(fitting) > 1:
+            folders = ", ".join(os.path.dirname(paths[0]) for paths in fitting[:3])
+            raise WavgError(
+                f"inputs with the names and sizes that {output} records are in several folders "
+                f"({folders}); say which",
+                path=output,
+            )
+        if fitting:
+            return fitting[0], []
+        if here and whatever_size:
+            return next(iter(here.values())), []
+        lacking = [[s.name for s, path in zip(sources, p, strict=True) if not path] for p in found]
+        missing = min([missing, *filter(None, lacking)], key=len)
+    return [], missing
+
+
+def _within(source: Source, place: Sequence[str], output: str, open_: Open) -> str:
+    """Return where in a place an input is, or nothing; the output is not its own input."""
+    name = source.name
+    found = []
+    for path in place:
+        if os.path.isdir(path):
+            inner = [os.path.join(path, name)] if _is_plain(name) else []
+            inner += [p for p in [_checkpoint_of(path)] if p and _ends_with(p, name)]
+            found += [p for p in inner if os.path.isfile(p)]
+        elif _ends_with(path, name):
+            found.append(path)
+    found = [path for path in found if not os.path.samefile(path, output)]
+    if len(found) > 1:
+        found = [path for path in found if _size(path, open_) == source.size] or found
+    return found[0] if found else ""
+
+
+def _is_plain(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in name.split("/")
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return f"/{os.path.abspath(path)}".replace(os.sep, "/").endswith(f"/{name}")
+
+
+def _checkpoint_of(folder: str) -> str | None:
+    try:
+        return checkpoint_in(folder)
+    except (CheckpointFormatError, PermissionError):
+        return None  # whatever is in it, it is not one of the inputs
+
+
+def _size(path: str, open_: Open) -> int:
+    try:
+        with open_(path) as checkpoint:
+            return sum(identity.size for identity in checkpoint.index.files)
+    except (WavgError, PermissionError):
+        return -1  # no checkpoint of this user's, so not one of the inputs
