@@ -52,15 +52,15 @@ def located(
         They are in several places.
     """
     if inputs is None:
-        paths, missing = _nearest(record, _candidates(os.path.abspath(output)), output, open_)
+        paths, missing, near = _nearest(record, _candidates(os.path.abspath(output)), output, open_)
         if not paths:
             raise FileNotFoundError(
-                f"{_lacking(missing, output)} not to be found, of the size recorded; say where, as "
-                f"in `wavg verify {output} FOLDER`"
+                f"{_lacking(missing, output)} not to be found, of the size recorded{near}; say "
+                f"where, as in `wavg verify {output} FOLDER`"
             )
         return Located(paths)
     place = _given(inputs)
-    paths, missing = _nearest(record, [[place]], output, open_, whatever_size=True)
+    paths, missing, _ = _nearest(record, [[place]], output, open_, whatever_size=True)
     if paths:
         return Located(paths, tuple(_unused(place, paths, output)))
     paths = _expanded(inputs, output)
@@ -70,12 +70,11 @@ def located(
             f"checkpoints, where {len(record.sources):,} are recorded; if these have other names "
             "now, name them and no others"
         )
-    pairs = [f"{s.name} is {path}" for s, path in zip(record.sources, paths, strict=True)]
-    more = f" and {len(pairs) - 3:,} more" if len(pairs) > 3 else ""
-    return Located(
-        paths,
-        (f"the inputs have other names than recorded: {', '.join(pairs[:3])}{more}",),
-    )
+    pairs = zip(record.sources, paths, strict=True)
+    renamed = [f"{s.name} is {path}" for s, path in pairs if not _ends_with(path, s.name)]
+    more = f" and {len(renamed) - 3:,} more" if len(renamed) > 3 else ""
+    note = f"the inputs have other names than recorded: {', '.join(renamed[:3])}{more}"
+    return Located(paths, (note,))
 
 
 def _lacking(names: Sequence[str], output: str) -> str:
@@ -125,19 +124,22 @@ def _nearest(
     open_: Open,
     *,
     whatever_size: bool = False,
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], str]:
     """Return the inputs' paths: all in the nearest place that has them, in the sizes recorded.
 
     A place is a list of folders, and of files of which they are some. Where none has all, there are
-    no paths, but the names that the best place lacks.
+    no paths, but the names that the best place lacks, and why the first is not what has its name.
     """
     sources = record.sources
-    sizes = [source.size for source in sources]
-    missing = [source.name for source in sources]
+    missing, near = [source.name for source in sources], ""
     for ring in rings:
         found = [[_within(source, place, output, open_) for source in sources] for place in ring]
         here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
-        fitting = [paths for paths in here.values() if [_size(p, open_) for p in paths] == sizes]
+        others = [
+            [(s, p) for s, p in zip(sources, paths, strict=True) if _size(p, open_) != s.size]
+            for paths in here.values()
+        ]
+        fitting = [paths for paths, wrong in zip(here.values(), others, strict=True) if not wrong]
         if len(fitting) > 1:
             folders = ", ".join(os.path.dirname(paths[0]) for paths in fitting[:3])
             raise WavgError(
@@ -146,12 +148,28 @@ def _nearest(
                 path=output,
             )
         if fitting:
-            return fitting[0], []
+            return fitting[0], [], ""
         if here and whatever_size:
-            return next(iter(here.values())), []
-        lacking = [[s.name for s, path in zip(sources, p, strict=True) if not path] for p in found]
-        missing = min([missing, *filter(None, lacking)], key=len)
-    return [], missing
+            return next(iter(here.values())), [], ""
+        for wrong in others:
+            if len(wrong) <= len(missing):
+                missing = [source.name for source, _ in wrong]
+                near = f" ({_unlike(*wrong[0], open_)})"
+        for paths in found:
+            lacking = [s.name for s, path in zip(sources, paths, strict=True) if not path]
+            if lacking and len(lacking) < len(missing):
+                missing, near = lacking, ""
+    return [], missing, near
+
+
+def _unlike(source: Source, path: str, open_: Open) -> str:
+    """Say why a file that has an input's name is not that input."""
+    try:
+        with open_(path) as checkpoint:
+            size = sum(identity.size for identity in checkpoint.index.files)
+        return f"{path} has {size:,} bytes, not {source.size:,}"
+    except (WavgError, PermissionError) as error:
+        return str(error)
 
 
 def _within(source: Source, place: Sequence[str], output: str, open_: Open) -> str:
