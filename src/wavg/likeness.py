@@ -53,9 +53,10 @@ def metadata(reference: Index, made: Index) -> Findings:
     added; of shards some may have had none.
     """
     after = reference.format == made.format
-    expected = {k: v for k, v in reference.metadata.items() if after and k != KEY}
-    found = {k: v for k, v in made.metadata.items() if k != KEY}
-    if not expected or (len(made.files) > 1 and found.get("format") == "pt"):
+    before = reference.metadata if after else {}
+    expected = {key: text for key, text in before.items() if key != KEY}
+    found = {key: text for key, text in made.metadata.items() if key != KEY}
+    if not before or (len(made.files) > 1 and found.get("format") == "pt"):
         expected.setdefault("format", "pt")
     source = "the newest input's" if after else "a new file's"
     faults = (

@@ -63,18 +63,30 @@ def located(
     paths, missing, _ = _nearest(record, [[place]], output, open_, whatever_size=True)
     if paths:
         return Located(paths, tuple(_unused(place, paths, output)))
-    paths = _expanded(inputs, output)
-    if len(paths) != len(record.sources):
+    given = _expanded(inputs, output)
+    if len(given) != len(record.sources):
         raise FileNotFoundError(
-            f"{_lacking(missing, output)} not among what was given, which is {len(paths):,} "
+            f"{_lacking(missing, output)} not among what was given, which is {len(given):,} "
             f"checkpoints, where {len(record.sources):,} are recorded; if these have other names "
             "now, name them and no others"
         )
-    pairs = zip(record.sources, paths, strict=True)
-    renamed = [f"{s.name} is {path}" for s, path in pairs if not _ends_with(path, s.name)]
-    more = f" and {len(renamed) - 3:,} more" if len(renamed) > 3 else ""
-    note = f"the inputs have other names than recorded: {', '.join(renamed[:3])}{more}"
-    return Located(paths, (note,))
+    return _renamed(record, place, given, output, open_)
+
+
+def _renamed(
+    record: Record, place: Sequence[str], given: Sequence[str], output: str, open_: Open
+) -> Located:
+    """Give every input that is not there by its name one of the other paths, in their order."""
+    paths = [_within(source, place, output, open_) for source in record.sources]
+    known = {os.path.realpath(path) for path in paths if path}
+    others = [path for path in given if os.path.realpath(path) not in known]
+    rest = iter(others)
+    names = [source.name for source in record.sources]
+    pairs = [(name, path or next(rest)) for name, path in zip(names, paths, strict=True)]
+    told = [f"{name} is {path}" for name, path in pairs if path in others]
+    more = f" and {len(told) - 3:,} more" if len(told) > 3 else ""
+    note = f"the inputs have other names than recorded: {', '.join(told[:3])}{more}"
+    return Located([path for _, path in pairs], (note,))
 
 
 def _lacking(names: Sequence[str], output: str) -> str:
