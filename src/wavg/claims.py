@@ -80,42 +80,44 @@ def totals(record: Record) -> Findings:
 def schedule(record: Record, paths: Sequence[str], open_: Open) -> Findings:
     """Compare the recorded weights with those that the schedule gives at the recorded steps."""
     said = shortened(record.weights)
+    what = f"the recorded weights with those of {said}"
+    rule = _rule(record.weights)
+    if rule is None:
+        return Findings(unchecked=(f"{what}, which is no schedule known by its text",))
+    if rule.count is not None:  # numbers, and one that is zero may have no input
+        numbers = rule(np.arange(rule.count))
+        agree = [*filter(None, numbers)] == [*filter(None, (s.coefficient for s in record.sources))]
+        return _judged(said, agree)
     try:
-        rule = _rule(record.weights)
-        if rule.count is not None:  # numbers, and those that are zero may have no input
-            numbers = rule(np.arange(rule.count))
-            given = numbers[numbers != 0].tolist()
-            agree = given == [s.coefficient for s in record.sources if s.coefficient]
-            return _judged(said, agree, "")
         with np.errstate(all="ignore"):
             row = weigh(rule, paths, [source.step for source in record.sources], open_)
             proportions = (row / row.sum()).tolist()
-    except (WavgError, ArithmeticError, ValueError) as error:
-        return Findings(unchecked=(f"the recorded weights with those of {said}: {error}",))
-    pairs = [*zip(record.sources, proportions, record.proportions, strict=True)]
+    except WavgError as error:
+        return Findings(unchecked=(f"{what}: {error}",))
+    pairs = zip(record.sources, proportions, record.proportions, strict=True)
     wrong = [part for part in pairs if not abs(part[1] - part[2]) <= _CLOSE]
-    if wrong and not row.all():
-        why = "it leaves out checkpoints, which are not recorded"
-        return Findings(unchecked=(f"the recorded weights with those of {said}: {why}",))
-    detail = ""
-    if wrong:
-        source, gives, has = wrong[0]
-        detail = f": {gives:.6g} to {source.name}, which has {has:.6g}"
-    return _judged(said, not wrong, detail)
+    if not wrong:
+        return _judged(said, True)
+    if not row.all():
+        return Findings(unchecked=(f"{what}: checkpoints that it leaves out are not recorded",))
+    source, gives, has = wrong[0]
+    return _judged(said, False, f": {gives:.6g} to {source.name}, which has {has:.6g}")
 
 
-def _judged(said: str, agree: bool, detail: str) -> Findings:
+def _judged(said: str, agree: bool, detail: str = "") -> Findings:
     if agree:
-        return Findings(
-            checked=(f"the recorded weights with those of {said} at the recorded steps",)
-        )
+        what = f"the recorded weights with those of {said} at the recorded steps"
+        return Findings(checked=(what,))
     return Findings(faults=(f"its record contradicts itself: {said} gives other weights{detail}",))
 
 
-def _rule(text: str) -> schedules.Schedule:
+def _rule(text: str) -> schedules.Schedule | None:
     if text.lower().endswith(listed.ENDINGS):  # a record must not have files opened that it names
-        raise WavgError("it is a list that is not in the record")
-    return schedules.parse(text)
+        return None
+    try:
+        return schedules.parse(text)
+    except WavgError:
+        return None
 
 
 def steps(record: Record, paths: Sequence[str], open_: Open) -> Findings:
