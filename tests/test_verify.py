@@ -523,11 +523,15 @@ def test_what_an_index_of_shards_says_besides_is_compared(folders):
     )
     content["metadata"]["total_size"] += 1
     path.write_text(json.dumps({**content, "more": None}))
+    shard = folders / "out" / "model-00002-of-00002.safetensors"
+    before = shard.read_bytes()
+    save_file(load_file(shard), shard, {"format": "pt", "wavg": "of another average"})
     assert wavg.verify(folders / "out").faults == (
         f"{path.name}: its metadata is not what its shards and the newest input make it",
+        f"{shard.name}: its record is another than the first shard's",
     )
+    shard.write_bytes(before)
     del content["weight_map"]["positions"]
-    shard = folders / "out" / "model-00002-of-00002.safetensors"
     tensors = load_file(shard)
     del tensors["positions"]
     with wavg.open_checkpoint(folders / "out") as made:

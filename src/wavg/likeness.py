@@ -15,7 +15,7 @@ from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
 from wavg.decisions import Decision
 from wavg.findings import Findings, shortened
 from wavg.formats import load_module
-from wavg.formats.folders import INDEX, beside, has_folder, unlike_an_output
+from wavg.formats.folders import beside, has_folder, unlike_an_output
 from wavg.plan import Plan
 from wavg.record import KEY
 from wavg.templates import Part
@@ -72,8 +72,11 @@ def _said(text: str | None) -> str:
 
 
 def shards(plan: Plan, reference: Checkpoint, made: Checkpoint) -> Findings:
-    """Compare what an index of shards says besides where tensors are, which its reader does."""
-    if not made.path.endswith(INDEX):
+    """Compare what an index of shards says besides where tensors are, which its reader does.
+
+    The shards are to have one record, as those of one average have.
+    """
+    if made.index.format != "safetensors" or len(made.index.files) == 1:
         return Findings()
     names: list[list[str]] = [[] for _ in made.index.files]
     for spec in made.index.tensors:
@@ -83,17 +86,22 @@ def shards(plan: Plan, reference: Checkpoint, made: Checkpoint) -> Findings:
         Part(file.path, tuple(inner)) for file, inner in zip(made.index.files, names, strict=True)
     ]
     averaged = [decision.output for decision in plan.averaged]
-    template = load_module("safetensors").renamed(reference, averaged, plan.keep_others, parts)
-    ((_, text),) = template.pieces
+    module = load_module("safetensors")
+    ((_, text),) = module.renamed(reference, averaged, plan.keep_others, parts).pieces
     with reading(made.path), open(made.path, "rb") as file:
         found = json.load(file)
     expected = json.loads(text)
     name = os.path.basename(made.path)
-    faults = (
+    faults = [
         f"{name}: its {key} is not what its shards and the newest input make it"
         for key in sorted({*found, *expected})
         if found.get(key) != expected.get(key)
-    )
+    ]
+    faults += [
+        f"{os.path.basename(path)}: its record is another than the first shard's"
+        for path in (file.path for file in made.index.files[1:])
+        if module.read_index(path).metadata.get(KEY) != made.metadata[KEY]
+    ]
     return Findings(checked=(f"{name} with its shards and the newest input",), faults=tuple(faults))
 
 
