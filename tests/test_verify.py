@@ -305,7 +305,10 @@ def test_an_input_that_has_no_numbers_any_more_is_a_fault_among_the_others(run, 
     place = data_start(path) + 8  # behind the eight bytes of n
     raw[place : place + 4] = np.float32("nan").tobytes()
     path.write_bytes(raw)
-    changed, impossible, *_ = wavg.verify(output, run, full=True).faults
+    result = wavg.verify(output, run, full=True)
+    changed, impossible, *_ = result.faults
+    assert (result.compared, result.numbers) == (0, 13_009)
+    assert result.unchecked == ("13,009 numbers that cannot be computed",)
     assert changed == f"{path} does not have the SHA-256 recorded for it"
     assert impossible.startswith(f"it cannot be computed again: {path}: w[0, 0] is nan")
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from wavg import claims, likeness, stream
 from wavg.checkpoint import Checkpoint
 from wavg.comparison import Comparison, Part, sample
-from wavg.digests import Digests
+from wavg.digests import Digest, Digests
 from wavg.errors import NonFiniteError, RecordError, WavgError
 from wavg.findings import Findings, joined
 from wavg.formats import open_file
@@ -24,7 +24,7 @@ from wavg.likeness import are_alike
 from wavg.located import located
 from wavg.opening import available_cores, opened, verify_unchanged
 from wavg.options import IN_THE_NUMBERS, Options, parse_size
-from wavg.plan import Weighting, make_plans
+from wavg.plan import Plan, Weighting, make_plans
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
 
@@ -168,27 +168,18 @@ def verify(
             tensors = likeness.tensors(decisions, made)
             known = {name: made.spec(name) for name in made}
             decisions = [d for d in decisions if are_alike(d.output, known.get(d.spec.name))]
-            numbers = sum(decision.spec.size for decision in decisions)
             parts = [Part(decision, decision.spec.name, 0) for decision in decisions]
             if not full:
                 parts = sample(decisions, made, blocks, random.Random(seed))
-            compared = sum(part.decision.spec.size for part in parts)
-            sink = Comparison(made, parts)
-            looked_at = dataclasses.replace(plan, decisions=tuple(part.decision for part in parts))
-            impossible = []
-            with Digests(checkpoints, plan.workers, sha256=options.digests) as digests:
-                try:
-                    stream.run([looked_at], checkpoints, [sink], digests=digests)
-                except NonFiniteError as error:
-                    impossible.append(f"it cannot be computed again: {error}")
-                hashes = digests.finish()
+            numbers = sum(decision.spec.size for decision in decisions)
+            compared, wrong, hashes = _computed(plan, parts, checkpoints, made)
             folder = os.fspath(output) if os.path.isdir(output) else None
             findings = joined(
                 [
-                    _computed(compared, numbers, len(paths)),
+                    _share(compared, numbers, len(paths)),
                     claims.inputs(record, checkpoints, hashes),
                     tensors,
-                    Findings(faults=(*impossible, *sink.faults())),
+                    Findings(faults=wrong),
                     likeness.metadata(reference.index, made.index),
                     likeness.shards(plan, reference, made) if not tensors.faults else Findings(),
                     likeness.files(plan, reference.path, made.path, folder),
@@ -209,12 +200,30 @@ def verify(
     )
 
 
-def _computed(compared: int, numbers: int, inputs: int) -> Findings:
+def _computed(
+    plan: Plan, parts: Sequence[Part], checkpoints: Sequence[Checkpoint], made: Checkpoint
+) -> tuple[int, tuple[str, ...], list[Digest | None]]:
+    """Compute parts of a plan again; return how many numbers, what is wrong, and the digests."""
+    sink = Comparison(made, parts)
+    looked_at = dataclasses.replace(plan, decisions=tuple(part.decision for part in parts))
+    compared, wrong = sum(part.decision.spec.size for part in parts), list[str]()
+    with Digests(checkpoints, plan.workers, sha256=plan.options.digests) as digests:
+        try:
+            stream.run([looked_at], checkpoints, [sink], digests=digests)
+        except NonFiniteError as error:
+            compared, wrong = 0, [f"it cannot be computed again: {error}"]
+        hashes = digests.finish()
+    return compared, (*wrong, *sink.faults()), hashes
+
+
+def _share(compared: int, numbers: int, inputs: int) -> Findings:
+    """Say how many numbers were compared, and which not."""
     source = f"{inputs:,} inputs" if inputs > 1 else "1 input"
-    left = numbers - compared
+    left = f"{numbers - compared:,} numbers"
+    why = "outside the sample: full=True (--full)" if compared else "that cannot be computed"
     return Findings(
         checked=(f"{compared:,} of {numbers:,} numbers, computed again from {source}",),
-        unchecked=(f"{left:,} numbers outside the sample: full=True (--full)",) if left else (),
+        unchecked=(f"{left} {why}",) if compared < numbers else (),
     )
 
 
