@@ -92,7 +92,7 @@ def schedule(record: Record, paths: Sequence[str], open_: Open) -> Findings:
         with np.errstate(all="ignore"):
             row = weigh(rule, paths, [source.step for source in record.sources], open_)
             proportions = (row / row.sum()).tolist()
-    except WavgError as error:
+    except (WavgError, ArithmeticError, ValueError) as error:  # of steps that are none
         return Findings(unchecked=(f"{what}: {error}",))
     pairs = zip(record.sources, proportions, record.proportions, strict=True)
     wrong = [part for part in pairs if not abs(part[1] - part[2]) <= _CLOSE]
