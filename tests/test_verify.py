@@ -703,6 +703,17 @@ def test_inputs_that_have_other_names_now_are_taken_in_order(run, output, tmp_pa
         wavg.verify(output, renamed)
 
 
+def test_an_average_among_its_renamed_inputs_is_none_of_them(run, output):
+    moved = shutil.move(output, run / "average.safetensors")
+    for step in (9, 10, 11):
+        (run / f"m_{step}.safetensors").rename(run / f"k_{step}.safetensors")
+    result = wavg.verify(moved, run)
+    assert result.faults == ()
+    assert [os.path.basename(path) for path in result.inputs] == [
+        f"k_{step}.safetensors" for step in (9, 10, 11)
+    ]
+
+
 def test_the_names_of_many_inputs_are_not_all_listed(tmp_path):
     for step in range(1, 7):
         wavg.save(tmp_path / f"m_{step}.safetensors", {"w": np.float32([step])})

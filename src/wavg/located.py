@@ -104,7 +104,7 @@ def _unused(place: Sequence[str], paths: Sequence[str], output: str) -> Iterator
 
 def _expanded(inputs: PathLike | Iterable[PathLike], output: str) -> list[str]:
     try:
-        paths = expand(inputs, sort=True)
+        paths = expand(inputs, sort=True, output=output)
     except WavgError:  # of several kinds, say
         return []
     return [path for path in paths if not os.path.samefile(path, output)]
