@@ -649,6 +649,7 @@ def test_inspect_json_is_one_object_for_scripts(run):
             {"name": "n", "dtype": "int64", "shape": [], "bytes": 8},
         ],
         "record": None,
+        "unreadable_record": None,
         "optimizer": [],
     }
 
