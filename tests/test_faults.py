@@ -381,6 +381,35 @@ def test_an_interrupt_while_several_files_appear_withdraws_them(tmp_path, monkey
     assert os.listdir(out) == []
 
 
+def test_shards_get_their_names_when_those_of_their_temporaries_are_durable(tmp_path, monkeypatch):
+    """Else a loss of power may leave a shard alone, which no run takes for its own."""
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    done, link, sync = [], os.link, outputs.sync_folder
+    monkeypatch.setattr(os, "link", lambda *paths: (done.append("link"), link(*paths)))
+    monkeypatch.setattr(
+        outputs, "sync_folder", lambda folder: (done.append(os.listdir(folder)), sync(folder))
+    )
+    wavg.average_checkpoints(
+        [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+    )
+    assert [len(done[0]), *done[1:]] == [3, "link", "link", "link"]
+
+
+def test_names_that_the_disk_does_not_confirm_are_told_and_nothing_appears(tmp_path, monkeypatch):
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+
+    monkeypatch.setattr(outputs, "sync_folder", disk_error)
+    with pytest.raises(wavg.OutputError, match=r"x\.safetensors\.index\.json: Input/output error"):
+        wavg.average_checkpoints(
+            [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+        )
+    assert os.listdir(out) == []
+
+
 # --- bytes ----------------------------------------------------------------------------------------
 
 
