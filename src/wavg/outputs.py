@@ -81,12 +81,19 @@ class Output(NamedTuple):
             for made in reversed(self.published):
                 made.commit()
         except BaseException as error:  # without the file that names them they are nothing
-            left = [made.path for made in self.published if not made.withdraw()]
+            left = self._withdrawn()
             if left and len(self.published) > 1:
                 raise OutputError(
                     f"{error}; {', '.join(left)} cannot be removed", path=left[0]
                 ) from error
             raise
+
+    def _withdrawn(self) -> list[str]:
+        """Withdraw what has appeared, first what names the others; return what stays."""
+        first, *others = self.published
+        if not first.withdraw():
+            return [first.path]  # it keeps what it names
+        return [made.path for made in others if not made.withdraw()]
 
     def _sync_names(self) -> None:
         """Make the temporary names durable, by which a run knows files that nothing names yet.
