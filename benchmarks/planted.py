@@ -1,19 +1,36 @@
-"""Mistakes that are planted in wavg, each of which power_loss.py has to find."""
+"""What power_loss.py plants in wavg: circumstances of a run, and mistakes that it has to find."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 
 from small_runs import Kind
 
-from wavg import outputs, publish
+from wavg import outputs, publish, publish_folder, temporaries
 
 
 def written_behind() -> None:
     """Set the disk to work during the run, as large outputs do: a sync, while writing goes on."""
     publish._SYNC_BYTES = 1
+
+
+def interrupted(number: int) -> Callable[[], None]:
+    """Return what interrupts a run when its output's n-th file has just appeared."""
+
+    def plant() -> None:
+        real, calls = publish.sync_folder, itertools.count(1)
+
+        def sync_folder(folder: str) -> None:
+            real(folder)
+            if next(calls) == number:
+                raise KeyboardInterrupt
+
+        publish.sync_folder = sync_folder
+
+    return plant
 
 
 def unsynced(skipped: Callable[[str], bool]) -> Callable[[], None]:
@@ -46,6 +63,12 @@ def copied() -> None:
 def named_first() -> None:
     """Let the file that names the others appear before them."""
     outputs.reversed = lambda published: published  # type: ignore[attr-defined]
+
+
+def unsettled() -> None:
+    """Remove what came out of use without a sync of the folder before."""
+    publish.settled = publish_folder.settled = lambda folder: True
+    temporaries.sync_folder = lambda folder: None
 
 
 def planted(kind: Kind) -> dict[str, Callable[[], object]]:

@@ -2,12 +2,13 @@
 
     python benchmarks/power_loss.py FOLDER [--formats NAME,...]
 
-Small runs of every format, over an existing output and where there is none, are followed from
+Small runs of every format, over an existing output and where there is none, with syncs while they
+write, interrupted when the output has just appeared, and after a killed run, are followed from
 system call to system call (ptrace; x86-64 Linux), and what they do to the output's folder is
 recorded. A model of a disk does the same; after each call it yields what a loss of power may leave,
 and under the output's name there must be the old one whole or the new one whole, byte for byte and
-with its mode; once the run has returned, the new one. Files of others must be as they were. What
-is left in some of these states is laid out and averaged into anew, which must set things right.
+with its mode; once the run has returned, the new one. Files of others must be as they were. What is
+left in some of these states is laid out and averaged into anew, which must set things right.
 
 Then mistakes are planted in wavg, such as a sync left out, and each has to be found. Writes
 power_loss.json to results; exit code 1 if anything was bad, or a mistake was not found.
@@ -28,26 +29,26 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thr
 
 from common import record
 from durable import Disk, File, Version, crashes
-from planted_mistakes import planted, written_behind
+from planted import interrupted, planted, unsettled, written_behind
 from recorded_calls import Recorder, standing
-from small_runs import KINDS, Small, ended, recorded
+from small_runs import DONE, KINDS, Small, ended, recorded
 from tracing import unavailable
 
-OVER, BEHIND, WHERE_NONE = "over an old one", "with syncs meanwhile", "where there was none"
+OVER, BEHIND, STOPPED = "over an old one", "with syncs meanwhile", "interrupted as it appears"
+WHERE_NONE, KILLED = "where there was none", "after one that was killed"
+EXPECTED = ("KeyboardInterrupt", "OutputExistsError")  # that killed one had done all but the end
 
 
 class Judge:
     """Says what stands in a state of the disk."""
 
     def __init__(self, small: Small, disk: Disk, before: Mapping[str, File]) -> None:
-        after = standing(small.out)
-        assert {path: file.data for path, file in after.items() if _is_file(path)} == {
-            **small.foreign, **small.new}  # fmt: skip
         self._small, self._disk = small, disk
-        self._old, self._new = (
-            {path: file for path, file in each.items() if path not in small.foreign}
-            for each in (before, after)
-        )
+        self._old = {path: file for path, file in before.items() if path not in small.foreign}
+        os.umask(mask := os.umask(0))
+        self._new = {path: File(data, 0o666 & ~mask) for path, data in small.new.items()}
+        if small.kind.folder:
+            self._new[f"{small.name}/"] = File(b"", 0o777 & ~mask)
         self._foreign = {path: Version(path, ()) for path in small.foreign}
         self._alike: dict[tuple[Version, str, bool], bool] = {}
 
@@ -93,8 +94,12 @@ def lost(
     rng: random.Random,
     plant: Callable[[], object] = lambda: None,
     runs_after: int = 0,
+    killed: int = 0,
 ) -> dict:
-    """Record a run, and judge all that a loss of power may leave of it."""
+    """Record a run, and judge all that a loss of power may leave of it.
+
+    A run before it may have been `killed` when it had given, exchanged or removed so many names.
+    """
 
     def begin(follow: Callable[[], object]) -> int:
         def before() -> None:
@@ -105,8 +110,13 @@ def lost(
         return small.begin(before)
 
     standing_before = standing(small.out)
-    with Recorder(begin, small.out, small.told) as recorder:
-        assert recorder.record() == 0, small.message()
+    earlier = None
+    if killed:
+        with Recorder(begin, small.out, small.told) as earlier:
+            earlier.record(killed)
+    with Recorder(begin, small.out, small.told, earlier) as recorder:
+        done = os.waitstatus_to_exitcode(recorder.record()) == DONE
+    assert done or small.message().startswith(EXPECTED), small.message()
     disk = Disk(standing_before)
     judge = Judge(small, disk, standing_before)
     states: collections.Counter[str] = collections.Counter()
@@ -116,7 +126,9 @@ def lost(
     for number, effect in enumerate((None, *recorder.effects)):
         if effect is not None:
             disk.apply(effect)
-        returned = recorder.returned is not None and number >= recorder.returned
+        if earlier is not None and number < len(earlier.effects):
+            continue  # a kill alone loses nothing
+        returned = done and recorder.returned is not None and number >= recorder.returned
         for kind, kept in crashes(disk.pending, rng):
             seen = disk.seen(kept)
             states[kind] += 1
@@ -135,7 +147,8 @@ def lost(
         small.out
     )  # nothing was missed
     small.restore()
-    found = {"calls": recorder.calls, "effects": len(recorder.effects), "states": states.total()}
+    found = {"calls": recorder.calls, "effects": len(recorder.effects), "names": recorder.names()}
+    found |= {"states": states.total()}
     found |= {"distinct": len(distinct), **dict(sorted(counts.items()))}
     left = [seen for seen, verdict in distinct.values() if small.replaces or verdict != "new"]
     for seen in rng.sample(left, min(len(left), runs_after)):
@@ -143,6 +156,24 @@ def lost(
             bad.append(after)
         found["runs after"] = found.get("runs after", 0) + 1
     return {**found, "kinds": dict(states), "bad": len(bad), "examples": bad[:5]}
+
+
+def lost_after_kills(
+    small: Small,
+    rng: random.Random,
+    names: int,
+    runs_after: int,
+    plant: Callable[[], object] = lambda: None,
+) -> dict:
+    """Do so for a run after one that was killed, at each of so many names; return the sums."""
+    sums: collections.Counter[str] = collections.Counter()
+    examples: list[str] = []
+    for killed in range(1, names + 1):
+        found = lost(small, rng, plant, runs_after // names, killed)
+        examples += found.pop("examples")
+        found.pop("kinds")
+        sums.update(found)
+    return {"kills": names, **sums, "examples": examples[:5]}
 
 
 def run_after(small: Small, seen: Mapping[str, tuple[Version, File]]) -> str:
@@ -168,6 +199,37 @@ def run_after(small: Small, seen: Mapping[str, tuple[Version, File]]) -> str:
     return "" if outcome == ("done", "new", 0) else f"the run after {sorted(seen)}: {outcome}"
 
 
+def measured(
+    small: Small, rng: random.Random, after: int
+) -> tuple[dict[str, dict], dict[str, int]]:
+    """Return what may be left of all runs of a format, and in how many states mistakes show."""
+    last = 1
+    if not small.replaces:
+        small.forget_old()
+        last = len(small.new)  # files appear, of which the last one names the others
+    first = lost(small, rng, runs_after=after)
+    found = {
+        OVER if small.replaces else WHERE_NONE: first,
+        BEHIND: lost(small, rng, written_behind, after),
+        STOPPED: lost(small, rng, interrupted(last), after),
+        KILLED: lost_after_kills(small, rng, first["names"], after),
+    }
+    mistakes = {name: lost(small, rng, plant)["bad"] for name, plant in planted(small.kind).items()}
+    if small.kind.folder or not small.replaces:  # whose files can be lost one by one
+
+        def both() -> None:
+            unsettled()
+            interrupted(last)()
+
+        removed = lost_after_kills(small, rng, first["names"], 0, unsettled)
+        mistakes["withdrawn without a sync"] = lost(small, rng, both)["bad"]
+        mistakes["reclaimed without a sync"] = removed["bad"]
+    if small.replaces:
+        small.forget_old()
+        found[WHERE_NONE] = lost(small, rng, runs_after=after)
+    return found, mistakes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -179,19 +241,13 @@ def main() -> None:
     if why := unavailable():
         sys.exit(why)
     wanted = [name for name in options.formats.split(",") if name]
-    figures, failed, after = recorded("power_loss", wanted), False, options.runs_after
+    figures, failed = recorded("power_loss", wanted), False
     for kind in KINDS:
         if wanted and kind.name not in wanted:
             continue
         rng = random.Random(options.seed)
         small = Small(kind, options.folder / "power_loss")
-        found: dict[str, dict] = {}
-        if small.replaces:
-            found[OVER] = lost(small, rng, runs_after=after)
-            found[BEHIND] = lost(small, rng, written_behind, after)
-        mistakes = {name: lost(small, rng, plant)["bad"] for name, plant in planted(kind).items()}
-        small.forget_old()
-        found[WHERE_NONE] = lost(small, rng, runs_after=after)
+        found, mistakes = measured(small, rng, options.runs_after)
         for where, row in found.items():
             print(f"{kind.name}, {where}: {row}", flush=True)
             failed |= row["bad"] > 0

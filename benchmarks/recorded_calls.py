@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -87,23 +88,35 @@ class Recorder(Tracer):
     """A copy of this process, of which every change to a folder is recorded.
 
     The run has returned when `told` is opened, which lies elsewhere; `returned` is the number of
-    effects before that.
+    effects before that. What an `earlier` run did is taken over.
     """
 
     def __init__(
-        self, begin: Callable[[Callable[[], object]], int], folder: Path, told: Path
+        self,
+        begin: Callable[[Callable[[], object]], int],
+        folder: Path,
+        told: Path,
+        earlier: Recorder | None = None,
     ) -> None:
         self.folder, self._told = os.path.realpath(folder), os.path.realpath(told)
         self.effects: list[Effect] = []
         self.returned: int | None = None
         self._nodes: dict[tuple[int, int], str] = {}
-        for name in standing(folder):
-            self._nodes[_identity(os.lstat(folder / name))] = name
-        self._nodes[_identity(os.stat(folder))] = ""
+        if earlier is None:
+            for name in standing(folder):
+                self._nodes[_identity(os.lstat(folder / name))] = name
+            self._nodes[_identity(os.stat(folder))] = ""
+        else:
+            self.effects += earlier.effects
+            self._nodes |= earlier._nodes
         super().__init__(begin)
 
-    def record(self) -> int:
-        """Let it run to its end; return how it ended, as `os.wait` has it."""
+    def names(self) -> int:
+        """Return how many names were given, exchanged or removed."""
+        return sum(isinstance(effect, (Linked, Renamed, Removed)) for effect in self.effects)
+
+    def record(self, names: int | None = None) -> int:
+        """Let it run to its end, or kill it after so many `names`; return how it ended."""
         begun: dict[int, Begun] = {}
 
         def at(thread: int, entering: bool) -> bool:
@@ -112,9 +125,11 @@ class Recorder(Tracer):
                 begun[thread] = self._enter(*self.arguments(thread))
             elif (result := self.result(thread)) >= 0:  # what fails changes nothing
                 self._leave(begun[thread], result)
-            return False
+            return names is not None and self.names() >= names
 
-        self._follow(at)
+        if self._follow(at):
+            os.kill(self.pid, signal.SIGKILL)
+            self._reap()
         assert self.status is not None
         return self.status
 
