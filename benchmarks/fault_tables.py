@@ -65,7 +65,7 @@ def power_loss() -> str:
             ways = [row for way, row in found.items() if way != "planted"]
             columns = ("effects", "states", "distinct", "old", "new", "after the return", "unnamed")
             sums = [sum(row.get(column, 0) for row in ways) for column in (*columns, "bad")]
-            sums.append(sum(row["runs after"] for row in ways))
+            sums.append(sum(row.get("runs after", 0) for row in ways))
             yield f"{name} | {ways[0]['calls']:,} | " + " | ".join(f"{number:,}" for number in sums)
 
     return table(
