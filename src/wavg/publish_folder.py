@@ -12,6 +12,7 @@ from wavg import renames
 from wavg.access import Access, access_of, give
 from wavg.destinations import refuse_existing
 from wavg.errors import OutputError, OutputExistsError
+from wavg.printable import printable
 from wavg.publish import NewFile, appeared, confirm, failures
 from wavg.renames import EXCHANGE, MOVES_OPEN_FILES, NOT_HERE, open_folder, settled, sync_file
 from wavg.temporaries import beside, claimed, held, reclaim, remove_stray, stands_at
@@ -93,8 +94,8 @@ class AtomicFolder:
                 self._close_files()
             if self._spared:
                 warnings.warn(
-                    f"{self.temporary} is left: the disk does not confirm that it has lost its "
-                    "name; the next run to the same output removes it",
+                    f"{printable(self.temporary)} is left: the disk does not confirm that it "
+                    "has lost its name; the next run to the same output removes it",
                     RuntimeWarning,
                     stacklevel=2,
                 )
