@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "renames": "",
     "access": "",
     "destinations": "errors",
-    "temporaries": "",
+    "temporaries": "renames",
     "publish": "access destinations positional renames temporaries errors",
     "publish_folder": "access destinations publish renames temporaries errors",
     "alignment": "checkpoint errors",
@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "opening": "checkpoint errors formats shortage",
     "carried": "checkpoint digests formats plan",
     "outputs": "carried checkpoint destinations errors formats opening plan publish publish_folder "
-    "record sinks templates temporaries",
+    "record renames sinks templates temporaries",
     "files": "carried checkpoint digests errors formats grid inputs opening options outputs plan "
     "publish record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",

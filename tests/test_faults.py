@@ -381,6 +381,63 @@ def test_an_interrupt_while_several_files_appear_withdraws_them(tmp_path, monkey
     assert os.listdir(out) == []
 
 
+def test_of_several_files_the_one_that_names_the_others_is_withdrawn_first_or_all_stay(
+    tmp_path, monkeypatch
+):
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    real, unlink = publish.sync_folder, os.unlink
+
+    def interrupted(folder):
+        real(folder)
+        if (out / "x.safetensors.index.json").exists():
+            raise KeyboardInterrupt
+
+    def refused(path):
+        if path.endswith("x.safetensors.index.json"):
+            disk_error()
+        unlink(path)
+
+    monkeypatch.setattr(publish, "sync_folder", interrupted)
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(wavg.OutputError, match=r"index\.json cannot be removed"):
+        wavg.average_checkpoints(
+            [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+        )
+    assert len(os.listdir(out)) == 3
+    assert len(wavg.load(out / "x.safetensors.index.json")) == 2
+
+
+def test_shards_get_their_names_when_those_of_their_temporaries_are_durable(tmp_path, monkeypatch):
+    """Else a loss of power may leave a shard alone, which no run takes for its own."""
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    done, link, sync = [], os.link, outputs.sync_folder
+    monkeypatch.setattr(os, "link", lambda *paths: (done.append("link"), link(*paths)))
+    monkeypatch.setattr(
+        outputs, "sync_folder", lambda folder: (done.append(os.listdir(folder)), sync(folder))
+    )
+    wavg.average_checkpoints(
+        [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+    )
+    assert [len(done[0]), *done[1:]] == [3, "link", "link", "link"]
+
+
+def test_names_that_the_disk_does_not_confirm_are_told_and_nothing_appears(tmp_path, monkeypatch):
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+
+    monkeypatch.setattr(outputs, "sync_folder", disk_error)
+    with pytest.raises(wavg.OutputError, match=r"x\.safetensors\.index\.json: Input/output error"):
+        wavg.average_checkpoints(
+            [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+        )
+    assert os.listdir(out) == []
+
+
 # --- bytes ----------------------------------------------------------------------------------------
 
 

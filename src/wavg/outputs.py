@@ -28,6 +28,7 @@ from wavg.plan import Plan
 from wavg.publish import Atomic, AtomicFile, NewFile, failures
 from wavg.publish_folder import AtomicFolder, refuse_folders_within
 from wavg.record import KEY
+from wavg.renames import sync_folder
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 from wavg.temporaries import reclaim_unnamed
@@ -73,15 +74,34 @@ class Output(NamedTuple):
     def commit(self) -> None:
         """Let the files appear."""
         try:
+            if len(self.published) > 1:
+                self._sync_names()
             for made in reversed(self.published):
                 made.commit()
         except BaseException as error:  # without the file that names them they are nothing
-            left = [made.path for made in self.published if not made.withdraw()]
+            left = self._withdrawn()
             if left and len(self.published) > 1:
                 raise OutputError(
                     f"{error}; {', '.join(left)} cannot be removed", path=left[0]
                 ) from error
             raise
+
+    def _withdrawn(self) -> list[str]:
+        """Withdraw what has appeared, first what names the others; return what stays."""
+        first, *others = self.published
+        if not first.withdraw():
+            return [first.path]  # it keeps what it names
+        return [made.path for made in others if not made.withdraw()]
+
+    def _sync_names(self) -> None:
+        """Make the temporary names durable, by which a run knows files that nothing names yet.
+
+        A loss of power could leave one of the files under its own name alone, and who made it
+        would not be known.
+        """
+        with self.files[0].failures():
+            for folder in {os.path.dirname(made.destination) for made in self.published}:
+                sync_folder(folder)
 
 
 def refuse(target: str, reference: str, *, overwrite: bool) -> None:

@@ -21,7 +21,14 @@ from wavg.access import Access, access_of, give
 from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import OutputError, OutputExistsError, WavgError
 from wavg.positional import read_at, write_exactly
-from wavg.renames import FAILING, MOVES_OPEN_FILES, rename_new, sync_file, sync_folder
+from wavg.renames import (
+    FAILING,
+    MOVES_OPEN_FILES,
+    rename_new,
+    settled,
+    sync_file,
+    sync_folder,
+)
 from wavg.temporaries import OLD, beside, claimed, held, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
@@ -254,6 +261,7 @@ class AtomicFile(NewFile):
                     return False
                 else:
                     os.unlink(self.destination)
+                settled(os.path.dirname(self.destination))
         except OSError:
             return False
         return True
