@@ -16,6 +16,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
 import durable
 import recorded_calls
 import tracing
