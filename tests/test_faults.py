@@ -526,9 +526,10 @@ def write_datasets(source):
             made.flush()
 
 
-def test_what_the_system_refuses_while_hdf5_writes_an_archive_is_told(tmp_path, monkeypatch):
-    source = hdf5.Source(str(tmp_path / "model.keras"), 64)
-    (tmp_path / "model.keras").write_bytes(bytes(64))
+@pytest.mark.parametrize("base", [0, 64])
+def test_what_the_system_refuses_while_hdf5_writes_is_told(tmp_path, monkeypatch, base):
+    source = hdf5.Source(str(tmp_path / "model.h5"), base)
+    (tmp_path / "model.h5").write_bytes(bytes(base))
     for number in range(1, 9):
         calls = iter(range(1, 99))
 
@@ -544,14 +545,21 @@ def test_what_the_system_refuses_while_hdf5_writes_an_archive_is_told(tmp_path, 
 
 def test_a_file_that_hdf5_does_not_close_is_told(tmp_path, monkeypatch):
     """It goes on without a word where it has no memory for that, and what it held is lost."""
-    source = hdf5.Source(str(tmp_path / "model.h5"))
-    opened = []
+    path = tmp_path / "model.h5"
+    path.touch()
+    close, opened_for_writing = h5py.File.close, 1
+
+    def marked(self):
+        close(self)
+        content = bytearray(path.read_bytes())
+        content[{0: 20, 2: 11, 3: 11}[content[8]]] |= opened_for_writing
+        path.write_bytes(content)
+
     with monkeypatch.context() as patch:
-        patch.setattr(h5py.File, "close", lambda self: opened.append(self))
+        patch.setattr(h5py.File, "close", marked)
         with pytest.raises(OutputError, match="did not close it"):
-            write_datasets(source)
-    opened[0].close()
-    write_datasets(source)
+            write_datasets(hdf5.Source(str(path)))
+    write_datasets(hdf5.Source(str(path)))
 
 
 @pytest.mark.parametrize("compressed", [True, False])
