@@ -7,6 +7,7 @@ docs/reliability.md.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -29,6 +30,7 @@ from wavg import (
     outputs,
     publish,
     publish_folder,
+    renames,
     temporaries,
 )
 from wavg.checkpoint import Checkpoint
@@ -256,6 +258,25 @@ def test_where_a_rename_cannot_be_undone_the_error_says_what_stands_there(tmp_pa
         write(tmp_path / "out", AtomicFile, overwrite=True)
     assert read(tmp_path / "out") == {"out": b"new"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_what_could_not_be_undone_is_not_undone_later_when_it_was_told(tmp_path, monkeypatch, kind):
+    write(tmp_path / "out", kind, b"old")
+    left = contextlib.nullcontext()
+    if kind is AtomicFolder:  # a loss of power may bring the old one back, with all that is in it
+        left = pytest.warns(RuntimeWarning, match="is left")
+    with left, monkeypatch.context() as patch, kind(f"{tmp_path}/out", overwrite=True) as made:
+        (made if kind is AtomicFile else made.file("a")).write(b"new", 0)
+        patch.setattr(publish, "sync_folder", disk_error)
+        if kind is AtomicFile:
+            patch.setattr(os, "replace", once(os.replace, 2))
+        else:
+            patch.setattr(renames, "rename", once(renames.rename, 2))
+        with pytest.raises(OutputError, match="is written, but the disk does not confirm"):
+            made.commit()
+        assert not made.withdraw()
+    assert [*read(tmp_path / "out").values()] == [b"new"]
 
 
 def test_a_failing_close_is_told_before_anything_is_replaced(tmp_path, monkeypatch):

@@ -210,6 +210,7 @@ NOT_ALIKE = "it has not as much of everything on its inputs"
         (record_text(options=[]), "a list is not a table"),
         (record_text(inputs=4), "4 is not a list"),
         (record_text(inputs=["a"]), NOT_ALIKE),
+        (record_text(inputs=["a", "a"]), "it is damaged: it names an input twice"),
         (record_text(coefficients=None), NOT_ALIKE),
         (record_text(sha256=["a"]), NOT_ALIKE),
         (record_text(sha256=["a", {"b": 1}]), "1 is not a text"),
@@ -250,7 +251,8 @@ def test_a_record_without_inputs_or_with_parts_unknown_is_one():
             st.floats(allow_nan=False, allow_infinity=False),
             st.floats(1e-9, 1e9),
             st.none() | st.text(min_size=1) | st.dictionaries(st.text(), st.text(), min_size=1),
-        )
+        ),
+        unique_by=lambda row: row[0],
     )
 )
 def test_a_record_comes_back_from_its_text(rows):

@@ -226,6 +226,7 @@ class AtomicFile(NewFile):
         self._kept = ""  # where what is replaced is, until the end
         self._held = -1  # that, open and locked
         self._gone = False  # whether what was replaced cannot come back
+        self._stays = False  # for it was said so
         super().__init__(path, beside(self.destination), self.destination)
 
     def _create(self) -> None:
@@ -253,6 +254,8 @@ class AtomicFile(NewFile):
 
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
+        if self._stays:
+            return False
         try:
             if stands_at(self.destination, self._status):
                 if self._kept:
@@ -263,6 +266,7 @@ class AtomicFile(NewFile):
                     os.unlink(self.destination)
                 settled(os.path.dirname(self.destination))
         except OSError:
+            self._stays = True
             return False
         return True
 

@@ -51,7 +51,8 @@ class AtomicFolder:
         self._descriptor = -1
         self._files: list[NewFile] = []
         self._lost: OutputError | None = None
-        self._spared = False  # a loss of power may give the new folder its name back
+        self._spared = False  # a loss of power may give what is there its name back
+        self._stays = False  # for it was said so
 
     def __enter__(self) -> Self:
         try:
@@ -92,14 +93,16 @@ class AtomicFolder:
         try:
             if not MOVES_OPEN_FILES:
                 self._close_files()
-            if self._spared:
+            if not os.path.lexists(self.temporary):
+                pass  # it has another name now
+            elif self._spared:
                 warnings.warn(
                     f"{printable(self.temporary)} is left: the disk does not confirm that it "
                     "has lost its name; the next run to the same output removes it",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            elif os.path.lexists(self.temporary):
+            else:
                 remove_stray(self.temporary)  # first: closing may have to wait for the disk
         finally:
             self._close_files()
@@ -162,6 +165,8 @@ class AtomicFolder:
 
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
+        if self._stays:
+            return False
         try:
             if stands_at(self.destination, self._status):
                 if self._replaced is None:
@@ -172,6 +177,7 @@ class AtomicFolder:
                     return False
                 self._spared = not settled(os.path.dirname(self.destination))
         except OSError:
+            self._stays = self._spared = True
             return False
         return True
 

@@ -167,12 +167,15 @@ class Record:
         digests = _list(content, "sha256") or [None] * len(columns[0])
         if len({*map(len, columns), len(digests)}) != 1:
             raise ValueError("it has not as much of everything on its inputs")
+        names = list(map(_text, columns[0]))
+        if len(set(names)) != len(names):
+            raise ValueError("it names an input twice")
         record = cls(
             _text(content["weights"]),
             _number(content["step"]),
             tuple(
-                Source(_text(name), _whole(size), _number(step), _number(weight), _digest(sha))
-                for name, size, step, weight, sha in zip(*columns, digests, strict=True)
+                Source(name, _whole(size), _number(step), _number(weight), _digest(sha))
+                for name, size, step, weight, sha in zip(names, *columns[1:], digests, strict=True)
             ),
             _whole(content["count"]),
             _table(content.get("options", {})),
