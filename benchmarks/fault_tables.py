@@ -59,6 +59,37 @@ def interrupts() -> str:
     )
 
 
+def power_loss() -> str:
+    def rows() -> Iterator[str]:
+        for name, found in figures("power_loss").items():
+            ways = [row for way, row in found.items() if way != "planted"]
+            columns = ("effects", "states", "distinct", "old", "new", "after the return", "unnamed")
+            sums = [sum(row.get(column, 0) for row in ways) for column in (*columns, "bad")]
+            sums.append(sum(row.get("runs after", 0) for row in ways))
+            yield f"{name} | {ways[0]['calls']:,} | " + " | ".join(f"{number:,}" for number in sums)
+
+    return table(
+        "| calls of a run | changes, in all runs | states of the disk | that differ | then the old "
+        "one | the new one | of these, after the return | shards without name | anything else | "
+        "runs after",
+        rows(),
+    )
+
+
+def planted() -> str:
+    mistakes: dict[str, list[int]] = {}
+    for found in figures("power_loss").values():
+        for mistake, states in found["planted"].items():
+            mistakes.setdefault(mistake, []).append(states)
+
+    def rows() -> Iterator[str]:
+        for mistake, states in mistakes.items():
+            found = sum(number > 0 for number in states)
+            yield f"{mistake} | {len(states)} | {found} | {min(states):,} to {max(states):,}"
+
+    return table("| formats | found in | states in which it shows", rows())
+
+
 def concurrent() -> str:
     def rows() -> Iterator[str]:
         for name, modes in figures("concurrent").items():
@@ -260,6 +291,8 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         kills,
+        power_loss,
+        planted,
         concurrent,
         interrupts,
         calls,

@@ -1,7 +1,7 @@
 """Small averages, one a format, that replace a good output; and what may stand there after a fault.
 
-Shared by kills.py and injected.py. Beside the output lie files of others, which nothing may touch:
-some have names like those of wavg's own temporaries.
+Shared by kills.py, injected.py and power_loss.py. Beside the output lie files of others, which
+nothing may touch: some have names like those of wavg's own temporaries.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Small:
         self.output = self.out / f"model{kind.suffix}"
         self.name = self.output.name
         self.replaces = kind.name not in NEVER_REPLACED
+        self.overwrite = True
         self.options = {"weights": "equal", "workers": 2, **kind.options}
         self.old: dict[str, bytes] = {}
         if self.replaces:
@@ -124,7 +125,13 @@ class Small:
 
     def run(self) -> None:
         """Average into the output, replacing what is there."""
-        wavg.average_checkpoints(self.inputs, self.target, overwrite=True, **self.options)
+        options = {"overwrite": self.overwrite, **self.options}
+        wavg.average_checkpoints(self.inputs, self.target, **options)
+
+    def forget_old(self) -> None:
+        """Have no output there before a run, which is then to replace none."""
+        self.old, self.overwrite = {}, False
+        self.restore()
 
     def content(self) -> dict[str, bytes]:
         """Return every file of the output's folder by its path within."""

@@ -13,21 +13,33 @@ import platform
 import signal
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TRACEME, PEEKUSER, POKEUSER, CONT, SETOPTIONS, SYSCALL = 0, 3, 6, 7, 0x4200, 24
 OPTIONS = 0x01 | 0x08 | 0x100000  # mark stops at calls, follow threads, end with the tracer
 ALL_THREADS = 0x40000000  # waitpid's __WALL
 AT_CALL = signal.SIGTRAP | 0x80
-RAX, RDX, RSI, RDI, CALL = (8 * place for place in (10, 12, 13, 14, 15))  # in struct user
+R10, R9, R8, RAX, RDX, RSI, RDI, CALL = (8 * p for p in (7, 8, 9, 10, 12, 13, 14, 15))  # in user
 NAMES = {
-    0: "read", 1: "write", 3: "close", 4: "stat", 5: "fstat", 6: "lstat", 8: "lseek", 9: "mmap",
-    17: "pread64", 18: "pwrite64", 20: "writev", 32: "dup", 73: "flock", 74: "fsync",
-    75: "fdatasync", 76: "truncate", 77: "ftruncate", 82: "rename", 83: "mkdir", 84: "rmdir",
-    86: "link", 87: "unlink", 90: "chmod", 91: "fchmod", 137: "statfs", 217: "getdents64",
-    257: "openat", 258: "mkdirat", 262: "newfstatat", 263: "unlinkat", 264: "renameat",
-    265: "linkat", 285: "fallocate", 295: "preadv", 296: "pwritev", 316: "renameat2",
-    326: "copy_file_range", 435: "clone3", 56: "clone", 12: "brk", 202: "futex",
+    0: "read", 1: "write", 2: "open", 3: "close", 4: "stat", 5: "fstat", 6: "lstat", 8: "lseek",
+    9: "mmap", 10: "mprotect", 11: "munmap", 12: "brk", 13: "rt_sigaction", 14: "rt_sigprocmask",
+    16: "ioctl", 17: "pread64", 18: "pwrite64", 20: "writev", 21: "access", 24: "sched_yield",
+    25: "mremap", 28: "madvise", 32: "dup", 33: "dup2", 39: "getpid", 40: "sendfile", 56: "clone",
+    60: "exit", 63: "uname", 72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 76: "truncate",
+    77: "ftruncate", 79: "getcwd", 82: "rename", 83: "mkdir", 84: "rmdir", 85: "creat", 86: "link",
+    87: "unlink", 89: "readlink", 90: "chmod", 91: "fchmod", 98: "getrusage", 99: "sysinfo",
+    102: "getuid", 104: "getgid", 107: "geteuid", 108: "getegid", 131: "sigaltstack", 137: "statfs",
+    138: "fstatfs", 157: "prctl", 186: "gettid", 191: "getxattr", 192: "lgetxattr",
+    193: "fgetxattr", 199: "fremovexattr", 202: "futex", 204: "sched_getaffinity",
+    217: "getdents64", 221: "fadvise64", 228: "clock_gettime", 230: "clock_nanosleep",
+    231: "exit_group", 257: "openat", 258: "mkdirat", 262: "newfstatat", 263: "unlinkat",
+    264: "renameat", 265: "linkat", 267: "readlinkat", 268: "fchmodat", 269: "faccessat",
+    273: "set_robust_list", 277: "sync_file_range", 285: "fallocate", 295: "preadv", 296: "pwritev",
+    302: "prlimit64", 309: "getcpu", 316: "renameat2", 318: "getrandom", 326: "copy_file_range",
+    327: "preadv2", 328: "pwritev2", 332: "statx", 334: "rseq", 435: "clone3", 439: "faccessat2",
 }  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,7 +76,7 @@ class Tracer:
         _ptrace(TRACEME, 0)
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         os.waitpid(self.pid, ALL_THREADS)
         _ptrace(SETOPTIONS, self.pid, 0, OPTIONS)
         return self
@@ -151,6 +163,17 @@ class Tracer:
         self._follow(at)
         assert self.status is not None
         return self.status
+
+    def arguments(self, thread: int) -> tuple[str, list[int]]:
+        """Return the name, or number, of the call that a thread is in, and its six arguments."""
+        number, *found = (
+            _ptrace(PEEKUSER, thread, place) for place in (CALL, RDI, RSI, RDX, R10, R8, R9)
+        )
+        return NAMES.get(number, str(number)), found
+
+    def result(self, thread: int) -> int:
+        """Return what the call that a thread leaves has given; an error is below zero."""
+        return _ptrace(PEEKUSER, thread, RAX)
 
     def _place(self, thread: int, name: str) -> str:
         if name not in ("read", "write", "close", "fstat", "pread64", "pwrite64", "fsync", "flock",

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "printable": "",
     "errors": "printable",
     "_version": "",
-    "record": "_version",
+    "record": "_version errors",
     "dtypes": "errors",
     "arrays": "errors",
     "tree": "errors",
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "renames": "",
     "access": "",
     "destinations": "errors",
-    "temporaries": "",
+    "temporaries": "renames",
     "publish": "access destinations positional renames temporaries errors",
     "publish_folder": "access destinations publish renames temporaries errors",
     "alignment": "checkpoint errors",
@@ -80,13 +80,20 @@ MAY_IMPORT = {
     "grid": "destinations errors formats inputs recorded weights",
     "sha256sums": "checkpoint inputs places errors",
     "opening": "checkpoint errors formats shortage",
-    "outputs": "checkpoint destinations errors formats opening plan publish publish_folder record "
-    "sinks templates temporaries",
-    "files": "checkpoint digests errors formats grid inputs opening options outputs plan publish "
-    "record sha256sums shortage sinks stream weights",
+    "carried": "checkpoint digests formats plan",
+    "outputs": "carried checkpoint destinations errors formats opening plan publish publish_folder "
+    "record renames sinks templates temporaries",
+    "files": "carried checkpoint digests errors formats grid inputs opening options outputs plan "
+    "publish record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",
-    "verification": "stored checkpoint decisions digests errors formats inputs opening options "
-    "plan record stream",
+    "findings": "",
+    "located": "checkpoint errors formats inputs record recorded",
+    "comparison": "checkpoint decisions",
+    "claims": "checkpoint digests errors findings grid inputs listed record recorded schedule "
+    "weights",
+    "likeness": "carried checkpoint decisions findings formats plan record templates",
+    "verification": "claims comparison findings likeness located stored checkpoint digests errors "
+    "formats inputs opening options plan record stream",
     "structure": "arrays quantised tree errors",
     "blocks": "structure errors",
     "sums": "blocks exact rounding errors",
@@ -341,6 +348,7 @@ BASES = {
     "WavgError": Exception,
     "CheckpointFormatError": ValueError,
     "CheckpointChangedError": RuntimeError,
+    "RecordError": ValueError,
     "StructureMismatchError": ValueError,
     "WeightError": ValueError,
     "NonFiniteError": ValueError,

@@ -657,6 +657,7 @@ def test_inspect_json_is_one_object_for_scripts(run):
             {"name": "n", "dtype": "int64", "shape": [], "bytes": 8},
         ],
         "record": None,
+        "unreadable_record": None,
         "optimizer": [],
     }
 
@@ -867,7 +868,7 @@ def test_an_error_as_json_has_the_tensor_and_the_differences(run):
     ("words", "kind"),
     [
         (["inspect", "nothing.npz"], "FileNotFoundError"),
-        (["verify", FILES[0]], "WavgError"),
+        (["verify", FILES[0]], "RecordError"),
         (["weights", "nonesuch", "-n", "3"], "WeightError"),
         (["sweep", *FILES, "--evaluate", "nonesuch:f", "--minimize"], "WavgError"),
         (["soup", *FILES, "--evaluate", "nonesuch:f", "--minimize"], "WavgError"),

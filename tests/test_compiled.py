@@ -159,12 +159,11 @@ def test_the_compiled_step_settles_columns_of_zeros_whatever_the_weights(name):
 def test_the_compiled_step_tells_which_file_ends_within_its_row(tmp_path, there):
     """Where there are more bytes in front of the row than are missing."""
     (tmp_path / "numbers").write_bytes(np.ones(10, np.float32).tobytes())
-    with open(tmp_path / "numbers", "rb") as file, pytest.raises(EOFError) as caught:
-        files = {
-            "descriptors": np.array([file.fileno()] * 2, np.intc),
-            "offsets": np.array([0, 40 - there]),
-        }
-        settle(True, **{name: array.view(np.uint8) for name, array in files.items()})
+    with open(tmp_path / "numbers", "rb") as file:
+        descriptors = np.array([file.fileno()] * 2, np.intc).view(np.uint8)
+        offsets = np.array([0, 40 - there]).view(np.uint8)
+        with pytest.raises(EOFError) as caught:
+            settle(True, descriptors=descriptors, offsets=offsets)
     assert caught.value.args == (1,)
 
 

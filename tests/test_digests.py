@@ -18,6 +18,7 @@ import pytest
 import hf_folders
 import wavg
 from wavg import digests, tasks, workers
+from wavg.carried import CarriedFile
 from wavg.cli import main
 from wavg.digests import BUFFER_BYTES, Digests
 from wavg.errors import (
@@ -286,6 +287,62 @@ def test_every_file_of_a_sharded_checkpoint_is_compared(tmp_path):
         wavg.average_checkpoints(inputs, check_sha256=sums)
 
 
+def listed_run(tmp_path):
+    """Checkpoints in folders, and a list of every file in them."""
+    inputs = hf_folders.trainer_run(str(tmp_path / "run"), shards=(1, 2))
+    files = [str(f.relative_to(tmp_path)) for f in (tmp_path / "run").rglob("*") if f.is_file()]
+    return inputs, list_of(tmp_path, files)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
+def test_what_is_copied_into_a_folder_is_compared_too(tmp_path, options):
+    inputs, sums = listed_run(tmp_path)
+    output = tmp_path / "out"
+    wavg.average_checkpoints(inputs, output, check_sha256=sums, **options)
+    made = hf_folders.contents(output)
+    wavg.average_checkpoints(inputs, tmp_path / "plain", **options)
+    assert made == hf_folders.contents(tmp_path / "plain")
+    for name in ("modeling_tiny.py", "config.json"):
+        path = tmp_path / "run" / "checkpoint-1000" / name
+        before = path.read_bytes()
+        path.write_bytes(b" " + before[1:])
+        with pytest.raises(CheckpointFormatError, match=f"{name} is another file than expected"):
+            wavg.average_checkpoints(inputs, output, check_sha256=sums, overwrite=True, **options)
+        assert hf_folders.contents(output) == made
+        path.write_bytes(before)
+    assert sorted(os.listdir(tmp_path)) == ["SHA256SUMS", "out", "plain", "run"]
+
+
+def test_what_is_copied_into_a_folder_has_to_be_listed(tmp_path):
+    inputs, sums = listed_run(tmp_path)
+    (tmp_path / "run" / "checkpoint-1000" / "extra.py").write_text("import os")
+    asked = {"check_sha256": sums}
+    for ask in (wavg.average_checkpoints, wavg.plan_average):
+        with pytest.raises(WavgError, match=r"extra\.py is not among the files of .*; list it too"):
+            ask(inputs, tmp_path / "out", **asked)
+        ask(inputs, tmp_path / "one.safetensors", **asked)  # of a file nothing else is copied
+        ask(inputs, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(2 * BUFFER_BYTES + 1))
+    pieces = CarriedFile(str(path)).pieces()
+    assert next(pieces) == bytes(BUFFER_BYTES)
+    os.truncate(path, BUFFER_BYTES)
+    with pytest.raises(InputError, match=r"tokenizer\.json: the file became shorter"):
+        next(pieces)
+
+
+def test_files_of_the_older_folders_need_not_be_listed(tmp_path):
+    """They are neither averaged nor copied."""
+    inputs, sums = listed_run(tmp_path)
+    text = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(t for t in text if "-900" not in t or t.endswith("safetensors\n")))
+    wavg.average_checkpoints(inputs, tmp_path / "out", check_sha256=sums)
+
+
 DIGEST, OTHER = "ab" * 32, "cd" * 32
 
 
@@ -326,6 +383,29 @@ def test_names_are_taken_from_the_list_and_else_from_the_current_folder(tmp_path
     monkeypatch.chdir(tmp_path)
     sums = Sums(path)
     assert sums("lists/run/m.npz") == sums("run/m.npz") == DIGEST
+    path.write_text(f"{DIGEST}  run/m.npz\n{OTHER}  lists/run/m.npz\n")
+    sums = Sums(path)
+    assert sums("lists/run/m.npz") == DIGEST  # and what the current folder makes of it is not asked
+    with pytest.raises(WavgError, match="not among"):
+        sums("m.npz")  # a name alone is not looked for in other folders
+
+
+def test_names_of_a_mapping_are_taken_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sums = Sums({"run/m.npz": DIGEST, tmp_path / "k.npz": OTHER})
+    assert sums(str(tmp_path / "run" / "m.npz")) == DIGEST
+    assert sums("run/../k.npz") == OTHER
+    with pytest.raises(WavgError, match="not among"):
+        sums("m.npz")
+
+
+def test_a_link_is_the_file_that_it_leads_to(tmp_path):
+    """As in a Hugging Face cache, whichever of the two names is listed."""
+    (tmp_path / "blob").write_text("numbers")
+    (tmp_path / "m.npz").symlink_to("blob")
+    for listed, asked in (("blob", "m.npz"), ("m.npz", "blob")):
+        (tmp_path / "sums").write_text(f"{DIGEST}  {listed}\n")
+        assert Sums(tmp_path / "sums")(str(tmp_path / asked)) == DIGEST
 
 
 @pytest.mark.parametrize(
@@ -387,6 +467,18 @@ def test_command_records_and_checks(run, tmp_path, capsys):
     assert main([*command, "--overwrite"]) == 1
     assert f"expected {DIGEST}" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("record", ["none", "inputs"])
+@pytest.mark.parametrize("first", [True, False])
+def test_options_that_disagree_on_the_record_are_refused(run, tmp_path, capsys, record, first):
+    command = ["average", str(run), "-o", str(tmp_path / "a.safetensors")]
+    options = [["--record", record], ["--sha256"]]
+    with pytest.raises(SystemExit) as caught:
+        main([*command, *options[first], *options[not first]])
+    assert caught.value.code == 2
+    assert f"--record {record} keeps none; use one of them" in capsys.readouterr().err
+    assert main([*command, "--sha256", "--record", "sha256", "--quiet"]) == 0
 
 
 def test_a_dry_run_looks_whether_the_inputs_are_listed(run, tmp_path, capsys):

@@ -7,6 +7,7 @@ docs/reliability.md.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -29,6 +30,7 @@ from wavg import (
     outputs,
     publish,
     publish_folder,
+    renames,
     temporaries,
 )
 from wavg.checkpoint import Checkpoint
@@ -258,6 +260,25 @@ def test_where_a_rename_cannot_be_undone_the_error_says_what_stands_there(tmp_pa
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("kind", [AtomicFile, AtomicFolder])
+def test_what_could_not_be_undone_is_not_undone_later_when_it_was_told(tmp_path, monkeypatch, kind):
+    write(tmp_path / "out", kind, b"old")
+    left = contextlib.nullcontext()
+    if kind is AtomicFolder:  # a loss of power may bring the old one back, with all that is in it
+        left = pytest.warns(RuntimeWarning, match="is left")
+    with left, monkeypatch.context() as patch, kind(f"{tmp_path}/out", overwrite=True) as made:
+        (made if kind is AtomicFile else made.file("a")).write(b"new", 0)
+        patch.setattr(publish, "sync_folder", disk_error)
+        if kind is AtomicFile:
+            patch.setattr(os, "replace", once(os.replace, 2))
+        else:
+            patch.setattr(renames, "rename", once(renames.rename, 2))
+        with pytest.raises(OutputError, match="is written, but the disk does not confirm"):
+            made.commit()
+        assert not made.withdraw()
+    assert [*read(tmp_path / "out").values()] == [b"new"]
+
+
 def test_a_failing_close_is_told_before_anything_is_replaced(tmp_path, monkeypatch):
     write(tmp_path / "out", AtomicFile, b"old")
     with monkeypatch.context() as patch:
@@ -381,6 +402,63 @@ def test_an_interrupt_while_several_files_appear_withdraws_them(tmp_path, monkey
     assert os.listdir(out) == []
 
 
+def test_of_several_files_the_one_that_names_the_others_is_withdrawn_first_or_all_stay(
+    tmp_path, monkeypatch
+):
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    real, unlink = publish.sync_folder, os.unlink
+
+    def interrupted(folder):
+        real(folder)
+        if (out / "x.safetensors.index.json").exists():
+            raise KeyboardInterrupt
+
+    def refused(path):
+        if path.endswith("x.safetensors.index.json"):
+            disk_error()
+        unlink(path)
+
+    monkeypatch.setattr(publish, "sync_folder", interrupted)
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(wavg.OutputError, match=r"index\.json cannot be removed"):
+        wavg.average_checkpoints(
+            [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+        )
+    assert len(os.listdir(out)) == 3
+    assert len(wavg.load(out / "x.safetensors.index.json")) == 2
+
+
+def test_shards_get_their_names_when_those_of_their_temporaries_are_durable(tmp_path, monkeypatch):
+    """Else a loss of power may leave a shard alone, which no run takes for its own."""
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+    done, link, sync = [], os.link, outputs.sync_folder
+    monkeypatch.setattr(os, "link", lambda *paths: (done.append("link"), link(*paths)))
+    monkeypatch.setattr(
+        outputs, "sync_folder", lambda folder: (done.append(os.listdir(folder)), sync(folder))
+    )
+    wavg.average_checkpoints(
+        [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+    )
+    assert [len(done[0]), *done[1:]] == [3, "link", "link", "link"]
+
+
+def test_names_that_the_disk_does_not_confirm_are_told_and_nothing_appears(tmp_path, monkeypatch):
+    wavg.save(tmp_path / "model.safetensors", {"a": np.ones(8, "f4"), "b": np.ones(8, "f4")})
+    out = tmp_path / "out"
+    out.mkdir()
+
+    monkeypatch.setattr(outputs, "sync_folder", disk_error)
+    with pytest.raises(wavg.OutputError, match=r"x\.safetensors\.index\.json: Input/output error"):
+        wavg.average_checkpoints(
+            [tmp_path / "model.safetensors"], out / "x.safetensors.index.json", max_shard_size=32
+        )
+    assert os.listdir(out) == []
+
+
 # --- bytes ----------------------------------------------------------------------------------------
 
 
@@ -469,9 +547,10 @@ def write_datasets(source):
             made.flush()
 
 
-def test_what_the_system_refuses_while_hdf5_writes_an_archive_is_told(tmp_path, monkeypatch):
-    source = hdf5.Source(str(tmp_path / "model.keras"), 64)
-    (tmp_path / "model.keras").write_bytes(bytes(64))
+@pytest.mark.parametrize("base", [0, 64])
+def test_what_the_system_refuses_while_hdf5_writes_is_told(tmp_path, monkeypatch, base):
+    source = hdf5.Source(str(tmp_path / "model.h5"), base)
+    (tmp_path / "model.h5").write_bytes(bytes(base))
     for number in range(1, 9):
         calls = iter(range(1, 99))
 
@@ -487,14 +566,21 @@ def test_what_the_system_refuses_while_hdf5_writes_an_archive_is_told(tmp_path, 
 
 def test_a_file_that_hdf5_does_not_close_is_told(tmp_path, monkeypatch):
     """It goes on without a word where it has no memory for that, and what it held is lost."""
-    source = hdf5.Source(str(tmp_path / "model.h5"))
-    opened = []
+    path = tmp_path / "model.h5"
+    path.touch()
+    close, opened_for_writing = h5py.File.close, 1
+
+    def marked(self):
+        close(self)
+        content = bytearray(path.read_bytes())
+        content[{0: 20, 2: 11, 3: 11}[content[8]]] |= opened_for_writing
+        path.write_bytes(content)
+
     with monkeypatch.context() as patch:
-        patch.setattr(h5py.File, "close", lambda self: opened.append(self))
+        patch.setattr(h5py.File, "close", marked)
         with pytest.raises(OutputError, match="did not close it"):
-            write_datasets(source)
-    opened[0].close()
-    write_datasets(source)
+            write_datasets(hdf5.Source(str(path)))
+    write_datasets(hdf5.Source(str(path)))
 
 
 @pytest.mark.parametrize("compressed", [True, False])

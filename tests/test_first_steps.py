@@ -90,3 +90,10 @@ def test_a_row_that_nearly_cancels_leaves_all_to_the_further_steps():
         ours = tiles.Tiles(Combination.of(weights), F64, F32)
         (portion,) = ours.portions(block, np.empty((len(weights), 5), np.float32))
         assert portion.flags.all() == hopeless
+
+
+def test_the_step_in_numpy_comes_by_every_column_once(monkeypatch):
+    monkeypatch.setattr(tiles, "_WIDEST_TILE", 256)
+    ours = tiles.Tiles(Combination.of([1, 2]), F32, F32)
+    portions = ours.portions(np.ones((2, 3000), np.float32), np.empty((1, 3000), np.float32))
+    assert [portion.first for portion in portions] == [0, 1024, 2048]

@@ -30,11 +30,11 @@ from wavg.formats.isolated import Limits, Reader
 GOLDEN = Path(__file__).parent / "golden"
 GOOD = GOLDEN / "keras3_mlp_1.h5"
 KERAS = "wavg.formats.keras_h5"
-QUICK = Limits(cpu=1, wall=20)
+QUICK = Limits(cpu=1, wall=20, stall=0.5)
 
 # A format module whose files say what it does to the process that reads them.
 HOSTILE = """
-import ctypes, os, signal, sys
+import ctypes, itertools, os, signal, sys
 from wavg.checkpoint import FileIdentity, Index, identify
 from wavg.errors import CheckpointFormatError
 
@@ -51,6 +51,8 @@ def read_index(path, *, opaque_dtype, like):
             open(words[1], "w").close()  # a FIFO: whoever reads it knows that this is reached
         while True:
             pass
+    elif words[0] == "stick":
+        sum(itertools.repeat(0))  # in C, from where Python hears nothing
     elif words[0] == "wait":
         signal.pause()
     elif words[0] == "allocate":
@@ -243,6 +245,7 @@ def test_threads_share_a_process(reader):
             marks=pytest.mark.skipif(sys.platform != "linux", reason="a real-time signal there"),
         ),
         ("spin", r"reading it took more than 1 s of processor time.*--no-isolate"),
+        ("stick", r"the HDF5 library did not come back within 0.5 s of processor time: [^-]*$"),
         ("exit", r"ended without an answer \(exit code 3\)"),
         ("swap", "talks nonsense: other files than asked for"),
     ],
@@ -330,18 +333,22 @@ def test_waiting_ends_where_no_processor_time_is_used(hostile, make_reader, whic
 
 class LaterInTheChild(Limits):
     def __iter__(self):  # what goes into the request
-        return iter((self.cpu, 60, self.memory))
+        return iter((self.cpu, 60, self.memory, self.stall))
 
 
 def test_limits_hold_where_this_process_ignores_or_blocks_the_timers_signals(hostile, make_reader):
-    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    numbers = {signal.SIGPROF, signal.SIGXCPU, signal.SIGVTALRM}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
-        with pytest.raises(CheckpointFormatError, match="processor time"):
-            make_reader().read_index(*hostile("spin"))
+        reader = make_reader()
+        for words in ("spin", "stick"):
+            with pytest.raises(CheckpointFormatError, match="processor time"):
+                reader.read_index(*hostile(words))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGPROF, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_answer_without_end_is_not_read(hostile, reader, monkeypatch):
@@ -422,7 +429,7 @@ def test_it_does_not_outlive_a_killed_parent(hostile, tmp_path, state):
     code = f"""if True:
         import sys; sys.path[:0] = [{str(tmp_path)!r}]
         from wavg.formats.isolated import Limits, Reader
-        reader = Reader(Limits(cpu=1))
+        reader = Reader(Limits(cpu=1, stall=0.5))
         reader.read_index({KERAS!r}, {str(GOOD)!r})
         print(reader.process.pid, flush=True)
         if {state!r} == "hung":

@@ -697,6 +697,8 @@ def test_a_damaged_archive_is_noticed_when_averaging(tmp_path):
         ([(WEIGHTS, b"not HDF5 at all")], "not a sound HDF5 file"),
         ([(WEIGHTS, b"")], "not a sound HDF5 file"),
         ([("metadata.json", b"{nonsense")], "is not JSON"),
+        ([("metadata.json", b'{"keras_version": "\\ud800"}')], "half of a surrogate pair"),
+        ([("metadata.json", b'{"\\udfff": "3"}')], "half of a surrogate pair"),
     ],
 )
 def test_archives_without_sound_members_are_refused(tmp_path, members, message):
@@ -704,7 +706,7 @@ def test_archives_without_sound_members_are_refused(tmp_path, members, message):
     with zipfile.ZipFile(path, "w") as zipped:
         for name, content in members:
             zipped.writestr(name, content)
-        if message == "is not JSON":
+        if members[0][0] == "metadata.json":
             zipped.writestr(WEIGHTS, write_weights(io.BytesIO(), model(1)).getvalue())
     with pytest.raises(CheckpointFormatError, match=message):
         wavg.load(path)

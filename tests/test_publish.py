@@ -461,6 +461,74 @@ def test_what_a_killed_run_left_of_a_folder_is_reclaimed_and_a_living_ones_is_no
     assert os.listdir(tmp_path) == ["out"]
 
 
+def noted(monkeypatch, module, name, notes):
+    """Have every call of a function noted by its name."""
+    real = getattr(module, name)
+    note = name.removesuffix("_folder")
+    monkeypatch.setattr(module, name, lambda *given: (notes.append(note), real(*given))[1])
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_is_withdrawn_for_certain_before_a_file_of_it_is_removed(
+    tmp_path, monkeypatch, overwrite
+):
+    """Else a loss of power could give it its name back, without the files removed meanwhile."""
+    notes = []
+    if overwrite:
+        old_folder(tmp_path / "out")
+    with AtomicFolder(str(tmp_path / "out"), overwrite=overwrite) as folder:
+        folder.file("a").write(b"new", 0)
+        folder.commit()
+        noted(monkeypatch, renames if overwrite else os, "rename", notes)
+        noted(monkeypatch, renames, "sync_folder", notes)
+        noted(monkeypatch, os, "unlink", notes)
+        assert folder.withdraw()
+    assert notes == ["rename", "sync", "unlink"]
+    assert os.listdir(tmp_path) == ["out"] * overwrite
+
+
+def test_nor_is_one_removed_if_the_disk_does_not_confirm_that_and_the_next_run_removes_it(
+    tmp_path, monkeypatch
+):
+    def refuse(folder):
+        raise OSError(errno.EIO, "the disk says no")
+
+    old_folder(tmp_path / "out")
+    monkeypatch.setattr(renames, "sync_folder", refuse)
+    monkeypatch.setattr(publish, "sync_folder", refuse)
+    with (
+        pytest.warns(RuntimeWarning, match="is left: the disk does not confirm"),
+        pytest.raises(OutputError, match="untouched"),
+    ):
+        write_folder(tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    (stray,) = set(os.listdir(tmp_path)) - {"out"}
+    assert contents(tmp_path / "out") == {"a": b"old"}
+    assert contents(tmp_path / stray) == {"a": b"new", "b": b"new"}
+    write_folder(tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_what_a_killed_run_left_is_removed_when_the_names_in_the_folder_are_durable(
+    tmp_path, monkeypatch, confirmed
+):
+    """Else a loss of power could undo the dead run's rename: what is removed stood there before."""
+    notes = []
+    write_folder(tmp_path / "out")
+    old_folder(tmp_path / ".out.0123456789ab.wavg-tmp")
+
+    def sync(folder):
+        notes.append((folder, len(os.listdir(tmp_path))))
+        if not confirmed:
+            raise OSError(errno.EIO, "the disk says no")
+
+    monkeypatch.setattr(temporaries, "sync_folder", sync)
+    temporaries.reclaim(str(tmp_path / "out"))
+    assert notes == [(str(tmp_path), 2)]
+    assert len(os.listdir(tmp_path)) == 1 + (not confirmed)
+
+
 # --- room -----------------------------------------------------------------------------------------
 
 

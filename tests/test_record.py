@@ -174,33 +174,73 @@ def test_inspect_shows_the_record(run, tmp_path, capsys):
     assert len(told["sources"][0]["sha256"]) == 64
 
 
+def record_text(**changes):
+    """A record's text with something else in it; None takes a part out."""
+    content = {"v": 1, "wavg": "9", "weights": "equal", "step": 1, "count": 2}
+    content |= {"inputs": ["a", "b"], "sizes": [1, 1], "steps": [1, 2], "coefficients": [1, 1]}
+    return json.dumps({k: v for k, v in {**content, **changes}.items() if v is not None})
+
+
+NOT_OURS = "it is no JSON: it is damaged, or not by wavg"
+WITHOUT_VERSION = "it has no version: it is damaged, or not by wavg"
+NOT_ALIKE = "it has not as much of everything on its inputs"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "why"),
     [
-        "",
-        "linear",
-        "[]",
-        "{}",
-        "null",
-        '{"v":2,"wavg":"9","weights":"equal","step":1,"count":1}',
-        '{"v":1,"wavg":"9","weights":"equal","step":"1","count":1}',
-        '{"v":1,"wavg":9,"weights":"equal","step":1,"count":1}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":true}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":-1}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":1,"options":[]}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":1,"inputs":["a"]}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":1,"inputs":4}',
-        '{"v":1,"wavg":"9","weights":"equal","step":NaN,"count":1}',
-        '{"v":1,"wavg":"9","weights":"equal","step":1,"count":2,"inputs":["a","b"],"sizes":[1,1],'
-        '"steps":[1,2],"coefficients":[1,-1]}',
-        "[" * 100_000,
+        ("", NOT_OURS),
+        ("linear", NOT_OURS),
+        (record_text()[:-1], NOT_OURS),
+        ("[" * 100_000, NOT_OURS),
+        ("[]", WITHOUT_VERSION),
+        ("{}", WITHOUT_VERSION),
+        ("null", WITHOUT_VERSION),
+        (record_text(v=True), WITHOUT_VERSION),
+        (record_text(v=2), f"version 2, of wavg '9', and wavg {wavg.__version__} knows 1; a later"),
+        (record_text(v=2, wavg=[[]]), "version 2, of wavg a list, and wavg"),
+        (record_text(v=0), "it is damaged: there is no version 0"),
+        (record_text(step="1"), "it is damaged: '1' is not a number"),
+        (record_text(step=float("nan")), "nan is not a number"),
+        (record_text(wavg=9), "9 is not a text"),
+        (record_text(weights="x", wavg=None), "it is damaged: it lacks 'wavg'"),
+        (record_text(count=True), "True is not a whole number"),
+        (record_text(count=-1), "-1 is not a whole number"),
+        (record_text(count="7" * 99), f"'{'7' * 60}' ... is not a whole number"),
+        (record_text(options=[]), "a list is not a table"),
+        (record_text(inputs=4), "4 is not a list"),
+        (record_text(inputs=["a"]), NOT_ALIKE),
+        (record_text(inputs=["a", "a"]), "it is damaged: it names an input twice"),
+        (record_text(coefficients=None), NOT_ALIKE),
+        (record_text(sha256=["a"]), NOT_ALIKE),
+        (record_text(sha256=["a", {"b": 1}]), "1 is not a text"),
+        (record_text(sha256=["a", {"b": {}}]), "a table is not a text"),
+        (record_text(coefficients=[1, -1]), "the coefficients sum to zero"),
+        (record_text(coefficients=[1e308, 1e308]), "it is damaged: "),
     ],
 )
-def test_what_is_no_record_of_this_version_stays_a_text(tmp_path, capsys, text):
+def test_what_is_no_record_of_this_version_is_told_and_stays_a_text(tmp_path, capsys, text, why):
+    path = str(tmp_path / "m.safetensors")
     assert wavg.Record.read({"wavg": text}) is None
-    wavg.save(tmp_path / "m.safetensors", {"w": np.float32([1])}, metadata={"wavg": text})
-    assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
-    assert "  wavg: " in capsys.readouterr().out
+    with pytest.raises(wavg.RecordError) as caught:
+        wavg.Record.parse(text)
+    assert why in str(caught.value)
+    wavg.save(path, {"w": np.float32([1])}, metadata={"wavg": text})
+    assert main(["inspect", path]) == 0
+    out = capsys.readouterr().out
+    assert "  wavg: " in out
+    assert f"its record of how it came to be cannot be read: {caught.value}\n" in out
+    assert main(["inspect", path, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["record"], told["unreadable_record"]) == (None, str(caught.value))
+    with pytest.raises(wavg.RecordError) as caught:
+        wavg.verify(path)
+    assert str(caught.value).startswith(f"{path}: its record of how it came to be cannot be read: ")
+
+
+def test_a_record_without_inputs_or_with_parts_unknown_is_one():
+    text = record_text(inputs=None, sizes=None, steps=None, coefficients=None, later={"x": 1})
+    assert wavg.Record.parse(text) == wavg.Record("equal", 1.0, (), 2, {}, "9")
 
 
 @given(
@@ -211,7 +251,8 @@ def test_what_is_no_record_of_this_version_stays_a_text(tmp_path, capsys, text):
             st.floats(allow_nan=False, allow_infinity=False),
             st.floats(1e-9, 1e9),
             st.none() | st.text(min_size=1) | st.dictionaries(st.text(), st.text(), min_size=1),
-        )
+        ),
+        unique_by=lambda row: row[0],
     )
 )
 def test_a_record_comes_back_from_its_text(rows):

@@ -290,17 +290,10 @@ def _add_average(command: Parser) -> None:
     add(
         "--record",
         choices=RECORDS,
-        default="inputs",
         help="what a safetensors output's metadata says of its inputs: names, sizes, steps, "
-        "coefficients; their digests too; or nothing (default: %(default)s)",
+        "coefficients; their digests too; or nothing (default: inputs)",
     )
-    add(
-        "--sha256",
-        dest="record",
-        action="store_const",
-        const="sha256",
-        help="the same as --record sha256",
-    )
+    add("--sha256", action="store_true", help="the same as --record sha256")
     add(
         "--max-shard-size",
         type=shard_size,
@@ -320,14 +313,16 @@ def _add_average(command: Parser) -> None:
     command.part("trust").add_argument(
         "--check-sha256",
         metavar="FILE",
-        help="a list of the inputs' SHA-256, as sha256sum prints it: another file, or one that is "
-        "not listed, is refused",
+        help="a list of the inputs' SHA-256, as sha256sum prints it, with names from the folder "
+        "that FILE is in, or else from the current one: another file, or one that is not listed, "
+        "is refused, also of those copied into an output's folder",
     )
     add_json(command)
     add_quiet(command)
 
 
 def _average(options: argparse.Namespace) -> None:
+    _settle_record(options)
     if options.metrics or options.best:
         _choose(options)
     chosen = {
@@ -374,6 +369,16 @@ def _average(options: argparse.Namespace) -> None:
     elif not options.quiet:
         lines = itertools.chain(_made_as_text(made), _notes(made, options), notes)
         print("\n".join(map(printable, lines)))
+
+
+def _settle_record(options: argparse.Namespace) -> None:
+    """Make one of the two options that say what the output keeps; they must not disagree."""
+    if options.sha256 and options.record not in (None, "sha256"):
+        options.command.error(
+            f"--sha256 keeps the inputs' digests in the record, and --record {options.record} "
+            "keeps none; use one of them"
+        )
+    options.record = "sha256" if options.sha256 else options.record or "inputs"
 
 
 def _choose(options: argparse.Namespace) -> None:

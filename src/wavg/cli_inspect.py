@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wavg.checkpoint import Index
 from wavg.cli_options import (
@@ -21,10 +21,13 @@ from wavg.cli_options import (
     tell_json,
 )
 from wavg.cli_weights import glyph
-from wavg.errors import WavgError
+from wavg.errors import RecordError, WavgError
 from wavg.printable import padded, printable
 from wavg.record import KEY, Record
 from wavg.stored import open_checkpoint
+
+if TYPE_CHECKING:
+    from wavg.verification import Verification
 
 __all__ = ["add_inspect", "add_verify"]
 
@@ -58,8 +61,22 @@ def add_verify(commands: Any) -> None:
         "wavg verify average.safetensors run/ --full",
     )
     add = command.add_argument
-    add("output", metavar="OUTPUT", help="what wavg average wrote")
-    add("inputs", metavar="INPUT", nargs="*", help="where its inputs are (default: beside it)")
+    command.description = (command.description or "") + (
+        " The exit code is 0 if it is what its record says, as far as that was compared; 1 if it "
+        "is not, or cannot be compared; 2 for a command that makes no sense."
+    )
+    add(
+        "output",
+        metavar="OUTPUT",
+        help="what wavg average wrote; of a folder, what was copied into it is compared, too",
+    )
+    add(
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="where its inputs are, or, if they have other names now, just these (default: beside "
+        "it)",
+    )
     add("--full", action="store_true", help="compare every number, not a sample")
     add(
         "--blocks",
@@ -80,21 +97,26 @@ def _inspect(options: argparse.Namespace) -> None:
         options.path, opaque_dtype=options.opaque_dtype, isolate=options.isolate
     ) as checkpoint:
         index = checkpoint.index
-    record = Record.read(index.metadata)
+    record, trouble = None, ""
+    try:
+        record = Record.parse(index.metadata[KEY]) if KEY in index.metadata else None
+    except RecordError as error:
+        trouble = str(error)
     if options.json:
-        tell_json(options, json.dumps(_as_json(index, record), indent=2))
+        tell_json(options, json.dumps(_as_json(index, record, trouble), indent=2))
     else:
-        for line in _as_text(index, record):
+        for line in _as_text(index, record, trouble):
             print(printable(line))
 
 
-def _as_json(index: Index, record: Record | None) -> dict[str, Any]:
+def _as_json(index: Index, record: Record | None, trouble: str) -> dict[str, Any]:
     return {
         "path": index.path,
         "format": index.format,
         "bytes": sum(identity.size for identity in index.files),
         "metadata": dict(index.metadata),
         "record": dataclasses.asdict(record) if record else None,
+        "unreadable_record": trouble or None,
         **{
             key: [
                 {"name": s.name, "dtype": s.dtype, "shape": s.shape, "bytes": s.nbytes}
@@ -105,13 +127,15 @@ def _as_json(index: Index, record: Record | None) -> dict[str, Any]:
     }
 
 
-def _as_text(index: Index, record: Record | None) -> Iterator[str]:
+def _as_text(index: Index, record: Record | None, trouble: str) -> Iterator[str]:
     total = sum(identity.size for identity in index.files)
     numbers = sum(spec.size for spec in index.tensors)
     yield f"{index.path}: {index.format}, {bytes_of(total)}"
     for key, value in index.metadata.items():
         if key != KEY or record is None:
             yield f"  {key}: {value if len(value) <= _LONGEST else value[: _LONGEST - 3] + '...'}"
+    if trouble:
+        yield f"its record of how it came to be cannot be read: {trouble}"
     if record is not None:
         yield from _record_as_text(record)
     for title, specs in (("tensors", index.tensors), ("optimizer state", index.others)):
@@ -156,18 +180,26 @@ def _verify(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         workers=options.workers,
     )
-    share = f"{found.compared:,} of {found.numbers:,} numbers"
-    digests = bool(found.record.sources[0].sha256)
     if options.json:
         tell_json(options, json.dumps(dataclasses.asdict(found), indent=2))
-    elif not found.faults:
-        sha = ", and the inputs' digests are those recorded" * digests
-        told = f"{found.output} is the average that its record says: {share} compared with "
-        print(printable(f"{told}{count_of(len(found.inputs), 'input')}{sha}"))
+    else:
+        for line in _verified_as_text(found):
+            print(printable(line))
     if found.faults:
-        doubt = "" if digests else "; or an input has changed, which --record sha256 would tell"
+        unsure = not all(source.sha256 for source in found.record.sources)
+        doubt = "; or an input has changed, which --sha256 would tell" if unsure else ""
         raise WavgError(
-            f"{found.output} is not what its record says ({share} compared){doubt}:",
+            f"{found.output} is not what its record says{doubt}:",
             path=found.output,
             differences=list(found.faults),
         )
+
+
+def _verified_as_text(found: Verification) -> Iterator[str]:
+    if found:
+        yield f"{found.output} is the average that its record says"
+    for title, texts in (("compared", found.checked), ("not compared", found.unchecked)):
+        if texts:
+            yield f"{title}:"
+            yield from (f"  {text}" for text in texts)
+    yield from (f"note: {note}" for note in found.notes)

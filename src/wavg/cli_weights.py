@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
     given = [bool(options.inputs), options.n is not None, options.steps is not None]
     if options.list or not (options.spec or any(given)):
         if options.json:
-            print(json.dumps(schedules.parameters(), indent=2))
+            tell_json(options, json.dumps(schedules.parameters(), indent=2))
         else:
             print("\n".join(_listing()))
         return

@@ -24,7 +24,7 @@ from wavg.positional import read_exactly
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["BUFFER_BYTES", "Digest", "Digests", "verify_checksums"]
+__all__ = ["BUFFER_BYTES", "Digest", "Digests", "unexpected", "verify_checksums"]
 
 BUFFER_BYTES = 256 << 10  # read at once, by each worker
 Digest: TypeAlias = "str | dict[str, str]"  # of a file; of several, that of each by its name
@@ -184,6 +184,15 @@ def verify_checksums(checkpoints: Sequence[Checkpoint], workers: int) -> None:
         digests.finish()
 
 
+def unexpected(path: str, found: str, expected: str) -> CheckpointFormatError:
+    """Return the error of a file that has another SHA-256 than it is to have."""
+    return CheckpointFormatError(
+        f"{path} is another file than expected, or damaged: its SHA-256 is {found}, "
+        f"expected {expected}",
+        path=path,
+    )
+
+
 class _Passage(abc.ABC):
     """A part of an open file, read from its beginning to its end, in one go or in several."""
 
@@ -225,11 +234,7 @@ class _Hash(_Passage):
             return
         if (found := self.digest.hexdigest()) != self.expected:
             self._checkpoint.verify_unchanged()
-            raise CheckpointFormatError(
-                f"{self._path} is another file than expected, or damaged: its SHA-256 is {found}, "
-                f"expected {self.expected}",
-                path=self._path,
-            )
+            raise unexpected(self._path, found, self.expected)
 
     def update(self, data: memoryview) -> None:
         self.digest.update(data)

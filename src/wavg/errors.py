@@ -5,6 +5,7 @@
     WavgError
     ├── CheckpointFormatError   (ValueError)       a file is damaged, hostile or of an unknown kind
     ├── CheckpointChangedError  (RuntimeError)     an input changed while it was being read
+    ├── RecordError             (ValueError)       what a file says of its origin is of no use
     ├── StructureMismatchError  (ValueError)       the inputs do not hold the same tensors
     ├── WeightError             (ValueError)       a schedule or a list of weights makes no sense
     ├── NonFiniteError          (ValueError)       NaN or infinity in an input, or an overflow
@@ -38,6 +39,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "OutputExistsError",
+    "RecordError",
     "StructureMismatchError",
     "WavgError",
     "WeightError",
@@ -95,6 +97,10 @@ class CheckpointFormatError(WavgError, ValueError):
 
 class CheckpointChangedError(WavgError, RuntimeError):
     """An input changed while it was being read; nothing was published."""
+
+
+class RecordError(WavgError, ValueError):
+    """A file's record of how it came to be is missing, damaged, newer, or tells too little."""
 
 
 class StructureMismatchError(WavgError, ValueError):

@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from wavg import outputs, stream
 from wavg import weights as schedules
+from wavg.carried import carried_files
 from wavg.checkpoint import Checkpoint
 from wavg.digests import Digest, Digests
 from wavg.errors import WavgError
-from wavg.formats import adapters, format_of_output, open_file
+from wavg.formats import adapters, format_of_output, is_folder_output, open_file
 from wavg.grid import Grid, Selection, select
 from wavg.inputs import PathLike
 from wavg.opening import available_cores, opened, uncollected, verify_unchanged
@@ -214,7 +215,9 @@ def average_checkpoints(
         ``"sha256"`` their digests too, made as they are read; ``"none"``.
     check_sha256
         The SHA-256 that the inputs' files are to have: a list of them as ``sha256sum`` prints it,
-        or a mapping from paths. One that has another, or is not listed, ends the run.
+        with names from the folder that the list is in, or else from the current one; or a mapping
+        from paths. A file that has another, or is not listed, ends the run; so does one that would
+        be copied into an output's folder.
     max_shard_size
         Divide a folder of safetensors into files of at most so many bytes of tensors, a number or
         text (``"5GB"``), as huggingface_hub does; by default it is divided as the newest's is.
@@ -313,7 +316,7 @@ def average_checkpoints(
                 verify_unchanged(checkpoints)
                 results = [sink.arrays() for sink in memory]
                 return results if grid.many else results[0]
-            differing = _write(plans, checkpoints, targets, digests, overwrite, carry_out)
+            differing = _write(plans, checkpoints, targets, digests, overwrite, expected, carry_out)
     reports = [Report(*parts) for parts in zip(targets, plans, differing, strict=True)]
     return reports if grid.many else reports[0]
 
@@ -350,6 +353,7 @@ def _write(
     targets: Sequence[str],
     digests: Digests,
     overwrite: bool,
+    expected: Sums | None,
     carry_out: Callable[[Sequence[FileSink]], list[tuple[str, ...]]],
 ) -> list[tuple[str, ...]]:
     """Carry plans out into files; they appear, one after the other, when all are on the disk."""
@@ -357,7 +361,14 @@ def _write(
     with contextlib.ExitStack() as stack:
         made = [
             stack.enter_context(
-                outputs.planned(plan, checkpoints[-1], target, record, overwrite=overwrite)
+                outputs.planned(
+                    plan,
+                    checkpoints[-1],
+                    target,
+                    record,
+                    overwrite=overwrite,
+                    expected_of=expected,
+                )
             )
             for plan, target, record in zip(plans, targets, begun, strict=True)
         ]
@@ -467,9 +478,12 @@ def plan_average(
         plans = _plans(checkpoints, selection, grid, targets, options)
         outputs.refuse_full(plans)
         if check_sha256 is not None:
-            expected = Sums(check_sha256)
-            for identity in (each for c in checkpoints for each in c.index.files):
-                expected(identity.path)  # listed, at least
+            expected, newest = Sums(check_sha256), paths[-1]
+            files = [identity.path for c in checkpoints for identity in c.index.files]
+            if any(is_folder_output(target, newest) for target in targets):
+                files += [carried.path for carried in carried_files(plans[0], newest)]
+            for file in files:
+                expected(file)  # listed, at least
     return plans if grid.many else plans[0]
 
 

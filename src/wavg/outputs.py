@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from wavg import destinations
-from wavg.checkpoint import Checkpoint, Index, TensorSpec, reading
+from wavg.carried import carried_files
+from wavg.checkpoint import Checkpoint, Index, TensorSpec
 from wavg.destinations import refuse_existing
-from wavg.dtypes import lookup
 from wavg.errors import CheckpointFormatError, OutputError, OutputExistsError
 from wavg.formats import (
     Format,
@@ -22,19 +22,18 @@ from wavg.formats import (
     parts_of,
     refuse_new,
 )
-from wavg.formats.folders import beside, retyped, unlike_an_output
+from wavg.formats.folders import unlike_an_output
 from wavg.opening import uncollected
 from wavg.plan import Plan
 from wavg.publish import Atomic, AtomicFile, NewFile, failures
 from wavg.publish_folder import AtomicFolder, refuse_folders_within
 from wavg.record import KEY
+from wavg.renames import sync_folder
 from wavg.sinks import FileSink
 from wavg.templates import Part, Template, can_patch_in_place, in_place
 from wavg.temporaries import reclaim_unnamed
 
 __all__ = ["Output", "divided", "new", "planned", "refuse", "refuse_full"]
-
-_LARGEST_CONFIG = 10 << 20
 
 
 class Output(NamedTuple):
@@ -75,15 +74,34 @@ class Output(NamedTuple):
     def commit(self) -> None:
         """Let the files appear."""
         try:
+            if len(self.published) > 1:
+                self._sync_names()
             for made in reversed(self.published):
                 made.commit()
         except BaseException as error:  # without the file that names them they are nothing
-            left = [made.path for made in self.published if not made.withdraw()]
+            left = self._withdrawn()
             if left and len(self.published) > 1:
                 raise OutputError(
                     f"{error}; {', '.join(left)} cannot be removed", path=left[0]
                 ) from error
             raise
+
+    def _withdrawn(self) -> list[str]:
+        """Withdraw what has appeared, first what names the others; return what stays."""
+        first, *others = self.published
+        if not first.withdraw():
+            return [first.path]  # it keeps what it names
+        return [made.path for made in others if not made.withdraw()]
+
+    def _sync_names(self) -> None:
+        """Make the temporary names durable, by which a run knows files that nothing names yet.
+
+        A loss of power could leave one of the files under its own name alone, and who made it
+        would not be known.
+        """
+        with self.files[0].failures():
+            for folder in {os.path.dirname(made.destination) for made in self.published}:
+                sync_folder(folder)
 
 
 def refuse(target: str, reference: str, *, overwrite: bool) -> None:
@@ -130,11 +148,18 @@ def divided(plan: Plan, reference: Index, target: str) -> list[Part]:
 
 @contextlib.contextmanager
 def planned(
-    plan: Plan, reference: Checkpoint, target: str, record: str | None, *, overwrite: bool
+    plan: Plan,
+    reference: Checkpoint,
+    target: str,
+    record: str | None,
+    *,
+    overwrite: bool,
+    expected_of: Callable[[str], str] | None = None,
 ) -> Iterator[Output]:
     """Begin the output of a plan; leaving without `Output.commit` leaves no trace.
 
-    The `record` says how it came to be, in a format that has a place for it.
+    The `record` says how it came to be, in a format that has a place for it; `expected_of` returns
+    the SHA-256 that a file is to have which is copied into a folder.
     """
     row = format_of_output(target, reference.index)
     folder = is_folder_output(target, reference.path)
@@ -151,7 +176,9 @@ def planned(
         sink = FileSink(files, templates, reference)
         for made in published:
             if isinstance(made, AtomicFolder):
-                _carry(plan, beside(reference.path), made)
+                for carried in carried_files(plan, reference.path):
+                    expected = expected_of(carried.path) if expected_of else None
+                    _copy(carried.pieces(expected), made.file(carried.name))
         proved: Callable[[], None] | None = None
         if row.isolable and templates[-1].in_place:
             proved = functools.partial(_prove, reference, files, templates)
@@ -180,6 +207,13 @@ def _prove(reference: Checkpoint, files: Sequence[NewFile], templates: Sequence[
                 raise _spoilt(reference, f"{written.name} would not be found where it was written")
 
 
+def _copy(pieces: Iterable[bytes], file: NewFile) -> None:
+    offset = 0
+    for data in pieces:
+        file.write(data, offset)
+        offset += len(data)
+
+
 def _place(spec: TensorSpec) -> tuple[object, ...]:
     return spec.dtype, spec.shape, spec.extent and spec.extent[1:]
 
@@ -190,27 +224,6 @@ def _spoilt(reference: Checkpoint, why: str) -> CheckpointFormatError:
         f"their place cannot be read ({why}); nothing was written",
         path=reference.path,
     )
-
-
-def _carry(plan: Plan, paths: Iterable[str], folder: AtomicFolder) -> None:
-    """Copy files into a folder in the making, as they are but for the dtype of the model.
-
-    Loaders convert to that: it stays where a carried-over tensor would lose by the new one.
-    """
-    before = {d.spec.dtype for d in plan.averaged if d.output.dtype != d.spec.dtype}
-    if before:
-        bits = lookup(str(plan.options.dtype)).bits
-        carried = [d.spec for d in plan.carried if d.spec.dtype in before]
-        before = set() if any(spec.entry.bits > bits for spec in carried) else before
-    for path in paths:
-        name = os.path.basename(path)
-        with reading(path), open(path, "rb") as source:
-            size = os.fstat(source.fileno()).st_size
-            if name == "config.json" and before and size <= _LARGEST_CONFIG:
-                text = retyped(source.read(_LARGEST_CONFIG), before, str(plan.options.dtype))
-                folder.file(name).write(text, 0)
-            else:
-                folder.file(name).copy_from(source.fileno(), 0, size, 0)
 
 
 @contextlib.contextmanager

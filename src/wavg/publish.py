@@ -21,7 +21,14 @@ from wavg.access import Access, access_of, give
 from wavg.destinations import is_stream, refuse_existing
 from wavg.errors import OutputError, OutputExistsError, WavgError
 from wavg.positional import read_at, write_exactly
-from wavg.renames import FAILING, MOVES_OPEN_FILES, rename_new, sync_file, sync_folder
+from wavg.renames import (
+    FAILING,
+    MOVES_OPEN_FILES,
+    rename_new,
+    settled,
+    sync_file,
+    sync_folder,
+)
 from wavg.temporaries import OLD, beside, claimed, held, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
@@ -219,6 +226,7 @@ class AtomicFile(NewFile):
         self._kept = ""  # where what is replaced is, until the end
         self._held = -1  # that, open and locked
         self._gone = False  # whether what was replaced cannot come back
+        self._stays = False  # for it was said so
         super().__init__(path, beside(self.destination), self.destination)
 
     def _create(self) -> None:
@@ -246,6 +254,8 @@ class AtomicFile(NewFile):
 
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
+        if self._stays:
+            return False
         try:
             if stands_at(self.destination, self._status):
                 if self._kept:
@@ -254,7 +264,9 @@ class AtomicFile(NewFile):
                     return False
                 else:
                     os.unlink(self.destination)
+                settled(os.path.dirname(self.destination))
         except OSError:
+            self._stays = True
             return False
         return True
 

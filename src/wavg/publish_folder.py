@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from wavg import renames
 from wavg.access import Access, access_of, give
 from wavg.destinations import refuse_existing
 from wavg.errors import OutputError, OutputExistsError
+from wavg.printable import printable
 from wavg.publish import NewFile, appeared, confirm, failures
-from wavg.renames import EXCHANGE, MOVES_OPEN_FILES, NOT_HERE, open_folder, sync_file
+from wavg.renames import EXCHANGE, MOVES_OPEN_FILES, NOT_HERE, open_folder, settled, sync_file
 from wavg.temporaries import beside, claimed, held, reclaim, remove_stray, stands_at
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class AtomicFolder:
         self._descriptor = -1
         self._files: list[NewFile] = []
         self._lost: OutputError | None = None
+        self._spared = False  # a loss of power may give what is there its name back
+        self._stays = False  # for it was said so
 
     def __enter__(self) -> Self:
         try:
@@ -89,7 +93,16 @@ class AtomicFolder:
         try:
             if not MOVES_OPEN_FILES:
                 self._close_files()
-            if os.path.lexists(self.temporary):
+            if not os.path.lexists(self.temporary):
+                pass  # it has another name now
+            elif self._spared:
+                warnings.warn(
+                    f"{printable(self.temporary)} is left: the disk does not confirm that it "
+                    "has lost its name; the next run to the same output removes it",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            else:
                 remove_stray(self.temporary)  # first: closing may have to wait for the disk
         finally:
             self._close_files()
@@ -152,6 +165,8 @@ class AtomicFolder:
 
     def withdraw(self) -> bool:
         """Undo what `commit` did, if anything; return whether what was there before is again."""
+        if self._stays:
+            return False
         try:
             if stands_at(self.destination, self._status):
                 if self._replaced is None:
@@ -160,7 +175,9 @@ class AtomicFolder:
                     renames.rename(self.temporary, self.destination, EXCHANGE)
                 else:  # it is there no more, or was another's that may have lost files since
                     return False
+                self._spared = not settled(os.path.dirname(self.destination))
         except OSError:
+            self._stays = self._spared = True
             return False
         return True
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wavg._version import __version__
+from wavg.errors import RecordError
 
 __all__ = ["KEY", "STATE_KEY", "Record", "Source", "names_within"]
 
 KEY = "wavg"
 STATE_KEY = "wavg_state"  # of a file that is no model: the sums of a StreamingAverager
 _VERSION = 1
+_LONGEST = 60  # of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,54 +121,103 @@ class Record:
         True
         """
         try:
-            content = json.loads(metadata.get(KEY, ""))
-            if content["v"] != _VERSION:
-                return None
-            columns = [content.get(name, []) for name in ("inputs", "sizes", "steps")]
-            columns += [content.get("coefficients", [])]
-            digests = content.get("sha256", [None] * len(columns[0]))
-            record = cls(
-                _text(content["weights"]),
-                _number(content["step"]),
-                tuple(
-                    Source(_text(name), _whole(size), _number(step), _number(weight), _digest(sha))
-                    for name, size, step, weight, sha in zip(*columns, digests, strict=True)
-                ),
-                _whole(content["count"]),
-                _table(content.get("options", {})),
-                _text(content["wavg"]),
+            return cls.parse(metadata[KEY]) if KEY in metadata else None
+        except RecordError:
+            return None  # whatever it is, it stays a text like others
+
+    @classmethod
+    def parse(cls, text: str) -> Record:
+        """Read what `text` returns.
+
+        Raises
+        ------
+        RecordError
+            It is of a later version, or damaged, or another program's.
+
+        Examples
+        --------
+        >>> Record.parse('{"v":2,"wavg":"7.0"}')
+        Traceback (most recent call last):
+        ...
+        wavg.errors.RecordError: it has version 2, of wavg '7.0', and wavg ... knows 1; ...
+        """
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            raise RecordError("it is no JSON: it is damaged, or not by wavg") from None
+        if not isinstance(content, dict) or type(version := content.get("v")) is not int:
+            raise RecordError("it has no version: it is damaged, or not by wavg")
+        if version > _VERSION:
+            raise RecordError(
+                f"it has version {_shown(version)}, of wavg {_shown(content.get('wavg'))}, and "
+                f"wavg {__version__} knows {_VERSION}; a later wavg reads it"
             )
-            record.proportions  # noqa: B018 - those of a sound record have a sum
-            return record
-        except (ArithmeticError, ValueError, TypeError, KeyError, RecursionError):
-            return None  # whatever it is, it is not ours, and stays a text like others
+        try:
+            if version != _VERSION:
+                raise ValueError(f"there is no version {version}")
+            return cls._of(content)
+        except KeyError as error:
+            raise RecordError(f"it is damaged: it lacks {error}") from None
+        except (ArithmeticError, ValueError, TypeError) as error:
+            raise RecordError(f"it is damaged: {error}") from None
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Record:
+        columns = [_list(content, name) for name in ("inputs", "sizes", "steps", "coefficients")]
+        digests = _list(content, "sha256") or [None] * len(columns[0])
+        if len({*map(len, columns), len(digests)}) != 1:
+            raise ValueError("it has not as much of everything on its inputs")
+        names = list(map(_text, columns[0]))
+        if len(set(names)) != len(names):
+            raise ValueError("it names an input twice")
+        record = cls(
+            _text(content["weights"]),
+            _number(content["step"]),
+            tuple(
+                Source(name, _whole(size), _number(step), _number(weight), _digest(sha))
+                for name, size, step, weight, sha in zip(names, *columns[1:], digests, strict=True)
+            ),
+            _whole(content["count"]),
+            _table(content.get("options", {})),
+            _text(content["wavg"]),
+        )
+        if record.sources and not math.fsum(source.coefficient for source in record.sources):
+            raise ValueError("the coefficients sum to zero")
+        return record
 
 
 def _short(value: float) -> int | float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
+def _list(content: Mapping[str, Any], name: str) -> list[Any]:
+    value = content.get(name, [])
+    if not isinstance(value, list):
+        raise _unlike(value, "a list")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError
+        raise _unlike(value, "a text")
     return value
 
 
 def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise TypeError
+        raise _unlike(value, "a whole number")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError
+        raise _unlike(value, "a number")
     return float(value)
 
 
 def _table(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError
+        raise _unlike(value, "a table")
     return value
 
 
@@ -174,6 +225,17 @@ def _digest(value: Any) -> str | dict[str, str] | None:
     if isinstance(value, dict):
         return {_text(name): _text(digest) for name, digest in value.items()}
     return None if value is None else _text(value)
+
+
+def _unlike(value: Any, kind: str) -> TypeError:
+    return TypeError(f"{_shown(value)} is not {kind}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return "a table" if isinstance(value, dict) else "a list"  # of whatever depth
+    text = str(value)
+    return repr(value) if len(text) <= _LONGEST else f"{text[:_LONGEST]!r} ..."
 
 
 def names_within(paths: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "open_folder",
     "rename",
     "rename_new",
+    "settled",
     "sync_file",
     "sync_folder",
 ]
@@ -107,3 +108,16 @@ def sync_folder(folder: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+def settled(folder: str) -> bool:
+    """Make durable what was done in a folder; return whether the disk confirms it.
+
+    It is asked before what came out of use is removed: a loss of power may undo a rename that was
+    not synced and keep what was done to files after it, those that have their name back.
+    """
+    try:
+        sync_folder(folder)
+    except OSError:
+        return False
+    return True

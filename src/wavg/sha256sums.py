@@ -72,7 +72,11 @@ class Sums:
         for table in self._tables:
             if real in table:
                 return table[real]
-        raise WavgError(f"{path} is not among the files of {self.source}", path=path)
+        raise WavgError(
+            f"{path} is not among the files of {self.source}; list it too, for whatever is "
+            "averaged, or copied into an output's folder, has to be listed",
+            path=path,
+        )
 
 
 def _checked(pairs: Iterable[tuple[PathLike, str]]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from wavg.printable import printable
+from wavg.renames import sync_folder
 
 try:
     import fcntl
@@ -103,6 +104,7 @@ def reclaim(destination: str) -> None:
     """Remove what killed runs to this destination left beside it."""
     for stray, _ in _strays(destination, NEW, OLD):
         with contextlib.suppress(OSError):
+            sync_folder(os.path.dirname(destination))  # it may have stood there: `renames.settled`
             remove(stray)
 
 
@@ -120,6 +122,9 @@ def reclaim_unnamed(naming: str, paths: Sequence[str]) -> None:
             for _, descriptor in _strays(destination, NEW):
                 with contextlib.suppress(OSError):  # it is refused then, like any file there
                     if stands_at(destination, os.fstat(descriptor)):
+                        sync_folder(
+                            os.path.dirname(destination)
+                        )  # what named it may be gone just now
                         os.unlink(destination)
 
 

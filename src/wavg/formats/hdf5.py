@@ -126,9 +126,9 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
     try:
         with contextlib.ExitStack() as stack:
             # No HDF5 locks: a child process started meanwhile would inherit them.
-            if source.base == 0 and source.size is None:
+            if mode == "r" and source.base == 0 and source.size is None:
                 file = stack.enter_context(h5py.File(path, mode, locking=False, rdcc_nbytes=_CACHE))
-            else:
+            else:  # what the system refuses to write is told by that, the library tells something
                 how = "rb" if mode == "r" else "r+b"
                 raw = stack.enter_context(open(path, how, buffering=0))
                 window = _Window(raw, source.base, source.length())
@@ -149,7 +149,11 @@ def opened(source: Source, mode: str = "r") -> Iterator[Any]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if mode != "r":
-            raise OutputError(f"cannot write {path}: {_reason(error)}", path=path) from error
+            raise OutputError(
+                f"cannot write {path}: {_reason(error)}",
+                path=path,
+                errno=getattr(error, "errno", None),
+            ) from error
         raise CheckpointFormatError(
             f"{path}: not a sound HDF5 file: {_reason(error)}", path=path
         ) from error

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,11 +43,16 @@ _START = "import sys; sys.path[:] = sys.argv[1:]; from wavg.formats.isolated imp
 
 
 class Limits(NamedTuple):
-    """What reading one index may cost: seconds of processor and of clock, bytes beyond idle."""
+    """What reading one index may cost: seconds of processor and of clock, bytes beyond idle.
+
+    ``stall`` is what one call of the HDF5 library may take of the processor, in which it does not
+    come back: a sound file's take milliseconds, and a hostile one's may have no end.
+    """
 
     cpu: float = 30.0  # 40,000 tensors take 9
     wall: float = 120.0
     memory: int = 512 * _MIB
+    stall: float = 2.0
 
 
 class Reader:
@@ -83,8 +89,8 @@ class Reader:
         if self.process is not None:
             process, self.process = self.process, None
             process.kill()
-            with contextlib.suppress(BrokenPipeError), process:
-                pass  # leaving it closes the pipes and waits
+            with contextlib.suppress(OSError), process:
+                pass  # leaving it closes the pipes, of which nothing more is wanted, and waits
 
     def forget(self) -> None:
         """In a copy of this process made by fork: leave the child to the original."""
@@ -146,12 +152,17 @@ class Reader:
         )
 
     def _fate(self, code: int | None, late: bool) -> str:
-        unlimited = "; isolate=False (--no-isolate) sets no limit"
+        unlimited = "; of a file that you trust isolate=False (--no-isolate) sets no limit"
         ended = _name_of(-code) if code is not None and code < 0 else ""
         if late or ended == "SIGALRM":
             return f"reading it took more than {self.limits.wall:g} s{unlimited}"
-        if ended == "SIGPROF":
+        if ended == "SIGXCPU":
             return f"reading it took more than {self.limits.cpu:g} s of processor time{unlimited}"
+        if ended == "SIGPROF":
+            return (
+                f"the HDF5 library did not come back within {self.limits.stall:g} s of processor "
+                "time: the file is damaged or hostile"
+            )
         if code is None:
             return "reading it gave an answer without end"
         if ended:
@@ -181,7 +192,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for number in (signal.SIGPROF, signal.SIGALRM):
+        for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU):
             signal.signal(number, signal.SIG_DFL)  # the parent may have ignored or blocked them
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     answers.write(_READY)
@@ -216,11 +227,23 @@ def _limited(limits: Limits) -> Iterator[None]:
         allowed = pages * resource.getpagesize() + limits.memory
         if before == resource.RLIM_INFINITY or allowed < before:
             resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
-    signal.setitimer(signal.ITIMER_PROF, limits.cpu)
+    end, done = time.process_time() + limits.cpu, False
+
+    def came_back(*_: object) -> None:
+        """Python calls this, four times a `stall`, unless a library is at work."""
+        if time.process_time() > end:
+            os.kill(os.getpid(), signal.SIGXCPU)
+        if not done:
+            signal.setitimer(signal.ITIMER_PROF, limits.stall)
+
+    signal.signal(signal.SIGVTALRM, came_back)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limits.stall / 4, limits.stall / 4)
+    signal.setitimer(signal.ITIMER_PROF, limits.stall)
     signal.setitimer(signal.ITIMER_REAL, limits.wall)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        done = True
+        for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))

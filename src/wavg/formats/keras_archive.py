@@ -72,7 +72,10 @@ def _entries(path: str, text: bytes) -> dict[str, str]:
         raise zips.bad_member(path, _METADATA, "is not JSON") from None
     if not isinstance(table, dict):
         return {}
-    return {key: value for key, value in table.items() if isinstance(value, str)}
+    texts = {key: value for key, value in table.items() if isinstance(value, str)}
+    if any("\ud800" <= letter <= "\udfff" for text in (*texts, *texts.values()) for letter in text):
+        raise zips.bad_member(path, _METADATA, "has half of a surrogate pair, which is no text")
+    return texts
 
 
 def block_reader(index: Index) -> hdf5_tensors.BlockReader:
