@@ -138,8 +138,8 @@ def _message(error: Exception) -> str:
         return str(error)
     if not error.filename:
         return "the current folder is no more, and names are looked for in it; change to another"
-    advice = "; ask whoever owns it for access" if isinstance(error, PermissionError) else ""
-    return f"{error.filename}: {error.strerror}{advice}"
+    advice = "; ask whoever owns it for access, or name only what you may read"
+    return f"{error.filename}: {error.strerror}" + advice * isinstance(error, PermissionError)
 
 
 def _error_as_json(error: Exception) -> dict[str, Any]:
