@@ -188,7 +188,7 @@ def unexpected(path: str, found: str, expected: str) -> CheckpointFormatError:
     """Return the error of a file that has another SHA-256 than it is to have."""
     return CheckpointFormatError(
         f"{path} is another file than expected, or damaged: its SHA-256 is {found}, "
-        f"expected {expected}",
+        f"expected {expected}; copy it again, or ask whoever made the list",
         path=path,
     )
 
