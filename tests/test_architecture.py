@@ -83,8 +83,9 @@ MAY_IMPORT = {
     "carried": "checkpoint digests formats plan",
     "outputs": "carried checkpoint destinations errors formats opening plan publish publish_folder "
     "record renames sinks templates temporaries",
-    "files": "carried checkpoint digests errors formats grid inputs opening options outputs plan "
-    "publish record sha256sums shortage sinks stream weights",
+    "signatures": "sha256sums weights",
+    "files": "signatures carried checkpoint digests errors formats grid inputs opening options "
+    "outputs plan publish record sha256sums shortage sinks stream weights",
     "stored": "checkpoint digests errors formats inputs opening outputs shortage",
     "findings": "",
     "located": "checkpoint errors formats inputs record recorded",

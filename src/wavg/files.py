@@ -10,12 +10,11 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy.typing as npt
 
 from wavg import outputs, stream
-from wavg import weights as schedules
 from wavg.carried import carried_files
 from wavg.checkpoint import Checkpoint
 from wavg.digests import Digest, Digests
@@ -31,11 +30,14 @@ from wavg.record import Record, Source, names_within
 from wavg.sha256sums import Sums, SumsLike
 from wavg.shortage import shortages
 from wavg.sinks import FileSink, MemorySink
+from wavg.weights import WeightsLike
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from typing_extensions import Unpack
+
+    from wavg.signatures import ManyAverages, ManyPlans, OneAverage, OnePlan
 
 __all__ = ["Report", "average_checkpoints", "plan_average"]
 
@@ -63,49 +65,6 @@ class Report:
 
     def __repr__(self) -> str:
         return f"<Report: {printable(self.output)}, {self.plan!r}>"
-
-
-class PlanOptions(TypedDict, total=False):
-    """The keyword arguments of `plan_average`, for type checkers."""
-
-    steps: Sequence[float] | None
-    sort: bool | None
-    dtype: str | None
-    include: str | Sequence[str]
-    exclude: str | Sequence[str]
-    align: str
-    optimizer: str
-    integers: str
-    allow_nonfinite: bool
-    opaque_dtype: str | None
-    isolate: bool
-    record: str
-    check_sha256: SumsLike | None
-    max_shard_size: int | str | None
-    max_memory: int | str
-    workers: int | None
-
-
-class AverageOptions(PlanOptions, total=False):
-    """Those of `average_checkpoints`."""
-
-    overwrite: bool
-    executor: Executor | None
-    progress: bool
-
-
-class OneAverage(AverageOptions, total=False):
-    """Those of a call that makes one average."""
-
-    weights: schedules.WeightsLike
-    last: int | None
-
-
-class ManyAverages(AverageOptions, total=False):
-    """Those of a call that makes several in one pass."""
-
-    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike]
-    last: int | Sequence[int] | None
 
 
 @overload
@@ -137,7 +96,7 @@ def average_checkpoints(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,
     *,
-    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike] = "equal",
+    weights: WeightsLike | Sequence[WeightsLike] = "equal",
     last: int | Sequence[int] | None = None,
     steps: Sequence[float] | None = None,
     sort: bool | None = None,
@@ -388,20 +347,6 @@ def _write(
     return differing
 
 
-class OnePlan(PlanOptions, total=False):
-    """Those of a call that plans one average."""
-
-    weights: schedules.WeightsLike
-    last: int | None
-
-
-class ManyPlans(PlanOptions, total=False):
-    """Those of a call that plans several."""
-
-    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike]
-    last: int | Sequence[int] | None
-
-
 @overload
 def plan_average(
     inputs: PathLike | Iterable[PathLike],
@@ -419,7 +364,7 @@ def plan_average(
     inputs: PathLike | Iterable[PathLike],
     output: PathLike | None = None,
     *,
-    weights: schedules.WeightsLike | Sequence[schedules.WeightsLike] = "equal",
+    weights: WeightsLike | Sequence[WeightsLike] = "equal",
     last: int | Sequence[int] | None = None,
     steps: Sequence[float] | None = None,
     sort: bool | None = None,
