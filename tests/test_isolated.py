@@ -53,6 +53,11 @@ def read_index(path, *, opaque_dtype, like):
             pass
     elif words[0] == "stick":
         sum(itertools.repeat(0))  # in C, from where Python hears nothing
+    elif words[0] == "many":
+        with open("/dev/zero", "rb", buffering=0) as zeros:
+            end = os.times().system + float(words[1])
+            while os.times().system < end:
+                zeros.readinto(bytearray(1 << 16))
     elif words[0] == "wait":
         signal.pause()
     elif words[0] == "allocate":
@@ -285,6 +290,11 @@ def test_what_the_process_survives_is_a_format_error_too(hostile, make_reader, w
     assert reader.process.pid == pid
 
 
+def test_many_calls_that_come_back_are_not_taken_for_one_that_does_not(hostile, make_reader):
+    """Where nearly all of the time is the system's."""
+    assert make_reader(Limits(cpu=20, stall=0.25)).read_index(*hostile("many 1.5"))
+
+
 def test_memory_within_the_limit_is_given(hostile, make_reader):
     module, path = hostile("allocate 50000000")
     assert make_reader(Limits(cpu=5, memory=100 << 20)).read_index(module, path)
@@ -337,7 +347,7 @@ class LaterInTheChild(Limits):
 
 
 def test_limits_hold_where_this_process_ignores_or_blocks_the_timers_signals(hostile, make_reader):
-    numbers = {signal.SIGPROF, signal.SIGXCPU, signal.SIGVTALRM}
+    numbers = {signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM}
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:

@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -156,9 +157,9 @@ class Reader:
         ended = _name_of(-code) if code is not None and code < 0 else ""
         if late or ended == "SIGALRM":
             return f"reading it took more than {self.limits.wall:g} s{unlimited}"
-        if ended == "SIGXCPU":
-            return f"reading it took more than {self.limits.cpu:g} s of processor time{unlimited}"
         if ended == "SIGPROF":
+            return f"reading it took more than {self.limits.cpu:g} s of processor time{unlimited}"
+        if ended == "SIGXCPU":
             return (
                 f"the HDF5 library did not come back within {self.limits.stall:g} s of processor "
                 "time: the file is damaged or hostile"
@@ -227,23 +228,27 @@ def _limited(limits: Limits) -> Iterator[None]:
         allowed = pages * resource.getpagesize() + limits.memory
         if before == resource.RLIM_INFINITY or allowed < before:
             resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
-    end, done = time.process_time() + limits.cpu, False
+    end, (fewest, most) = time.process_time() + limits.cpu, resource.getrlimit(resource.RLIMIT_CPU)
 
     def came_back(*_: object) -> None:
         """Python calls this, four times a `stall`, unless a library is at work."""
-        if time.process_time() > end:
-            os.kill(os.getpid(), signal.SIGXCPU)
-        if not done:
-            signal.setitimer(signal.ITIMER_PROF, limits.stall)
+        now = time.process_time()
+        if now > end:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGPROF)
+        allowed = math.ceil(now + limits.stall)  # or the system ends this process with SIGXCPU
+        if fewest == resource.RLIM_INFINITY or allowed < fewest:
+            resource.setrlimit(resource.RLIMIT_CPU, (allowed, most))
 
-    signal.signal(signal.SIGVTALRM, came_back)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limits.stall / 4, limits.stall / 4)
-    signal.setitimer(signal.ITIMER_PROF, limits.stall)
+    signal.signal(signal.SIGPROF, came_back)
+    came_back()
+    signal.setitimer(signal.ITIMER_PROF, limits.stall / 4, limits.stall / 4)
     signal.setitimer(signal.ITIMER_REAL, limits.wall)
     try:
         yield
     finally:
-        done = True
-        for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF, signal.ITIMER_REAL):
+        signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
             signal.setitimer(timer, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (fewest, most))
         resource.setrlimit(resource.RLIMIT_AS, (before, hard))
