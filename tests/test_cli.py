@@ -1067,3 +1067,26 @@ def test_advice_names_an_option_of_python_and_behind_it_one_of_the_command_line(
     for text in found:
         shown = cli._BOTH_NAMES.sub(r"\1", text.replace("\n", " ").strip("`"))
         assert re.match("--[a-z0-9-]+", shown)[0] in options, text
+
+
+def test_an_average_among_the_inputs_is_said_to_be_one(tmp_path, capsys):
+    for step in (1, 2):
+        wavg.save(tmp_path / f"m_{step}.safetensors", {"w": np.float32([step])})
+    inputs = f"{tmp_path}/*.safetensors"
+    assert cli.main(["average", inputs, "-o", f"{tmp_path}/average.safetensors"]) == 0
+    assert "itself an average" not in capsys.readouterr().out
+    assert cli.main(["average", inputs, "-o", f"{tmp_path}/again.safetensors"]) == 0
+    told = f"note: {tmp_path}/average.safetensors is itself an average that wavg made\n"
+    assert told in capsys.readouterr().out
+
+
+def test_a_dry_run_says_that_it_compares_no_digests_and_two_lists_are_refused(tmp_path, capsys):
+    wavg.save(tmp_path / "m_1.safetensors", {"w": np.float32([1])})
+    (tmp_path / "sums").write_text(f"{'0' * 64}  m_1.safetensors\n")
+    words = ["average", f"{tmp_path}/m_1.safetensors", "-o", f"{tmp_path}/out.safetensors"]
+    words += ["--check-sha256", f"{tmp_path}/sums"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "note: a dry run reads no tensors, and so compares no digests" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words, "--check-sha256", f"{tmp_path}/sums"])
+    assert "--check-sha256 is given twice" in capsys.readouterr().err

@@ -454,3 +454,9 @@ def test_errors_name_the_output_not_the_temporary(tmp_path):
         wavg.save(tmp_path / "m.safetensors", {"w": np.zeros(1, np.complex128)})
     assert "m.safetensors: " in str(caught.value)
     assert "wavg-tmp" not in str(caught.value)
+
+
+def test_an_output_without_a_name_is_told(tmp_path):
+    wavg.save(tmp_path / "m_1.safetensors", {"w": np.float32([1])})
+    with pytest.raises(wavg.OutputError, match="the output's name is empty"):
+        wavg.average_checkpoints(tmp_path, "")

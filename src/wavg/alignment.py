@@ -76,13 +76,15 @@ def align(
 
 def _odd_one(indexes: Sequence[Index]) -> Index | None:
     """Return the one that differs from all others, of which there are several that agree."""
-    layouts = {
-        id(index.tensors): frozenset((spec.name, spec.describe()) for spec in index.tensors)
-        for index in {id(index.tensors): index for index in indexes}.values()
-    }
+    tables: dict[int, object] = {}  # what is said of tensors; kept once where it is the same
     alike: dict[object, list[Index]] = {}
     for index in indexes:
-        alike.setdefault((index.format, layouts[id(index.tensors)]), []).append(index)
+        if (table := id(index.tensors)) not in tables:
+            said = frozenset((spec.name, spec.describe()) for spec in index.tensors)
+            tables[table] = next((other for other in set(tables.values()) if other == said), said)
+        alike.setdefault((index.format, tables[table]), []).append(index)
+        if len(alike) > 2:  # and no more tables
+            return None
     alone = [group[0] for group in alike.values() if len(group) == 1]
     return alone[0] if len(alone) == 1 and len(alike) == 2 else None
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import wavg
 from wavg import cli_inspect, cli_sweep, cli_weights
 from wavg.cli_options import (
+    Once,
     Parser,
     add_command,
     add_direction,
@@ -312,6 +313,7 @@ def _add_average(command: Parser) -> None:
     add_isolate(command)
     command.part("trust").add_argument(
         "--check-sha256",
+        action=Once,
         metavar="FILE",
         help="a list of the inputs' SHA-256, as sha256sum prints it, with names from the folder "
         "that FILE is in, or else from the current one: another file, or one that is not listed, "
@@ -415,6 +417,12 @@ def _notes(
         yield (
             "note: names and metadata tell no increasing steps; the checkpoints are counted from 1"
         )
+    averages = [part.path for part in plan.inputs if part.average]
+    if averages:
+        more = f" and {len(averages) - 1:,} more inputs are averages" * (len(averages) > 1)
+        yield f"note: {averages[0]} is itself an average that wavg made{more}"
+    if options.check_sha256 is not None and any(report is None for _, report in made):
+        yield "note: a dry run reads no tensors, and so compares no digests"
     explicit = any(plan.schedule[:1] in "-.0123456789" for plan, _ in made)
     if options.order == "natural" and explicit:
         given = [os.path.realpath(path) for path in options.inputs]

@@ -16,6 +16,7 @@ from wavg.options import MIB, parse_size
 from wavg.printable import printable
 
 __all__ = [
+    "Once",
     "Parser",
     "add_command",
     "add_direction",
@@ -298,3 +299,20 @@ def bytes_of(number: int) -> str:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+class Once(argparse.Action):
+    """An option that must not be given again, lest the last one be taken without a word."""
+
+    why = ""
+
+    def __call__(  # noqa: D102 - argparse's own
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice{self.why}")
+        setattr(namespace, self.dest, values)

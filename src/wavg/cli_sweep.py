@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wavg.cli_options import (
+    Once,
     Parser,
     add_command,
     add_direction,
@@ -127,7 +128,7 @@ def add_soup(commands: Any) -> None:
 def _add_evaluation(command: Parser) -> None:
     add_inputs(command)
     add = command.part("inputs").add_argument
-    add("--last", type=positive, action=_Once, metavar="N", help="only the newest N")
+    add("--last", type=positive, action=_OneLength, metavar="N", help="only the newest N")
     part = command.part("evaluation")
     how = part.add_mutually_exclusive_group(required=True)
     how.add_argument(
@@ -152,19 +153,8 @@ def _add_evaluation(command: Parser) -> None:
     )
 
 
-class _Once(argparse.Action):
-    """An option that means something else where it may be given several times."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice; all lengths up to N are tried anyway")
-        setattr(namespace, self.dest, values)
+class _OneLength(Once):
+    why = "; all lengths up to N are tried anyway"
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:

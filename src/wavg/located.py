@@ -5,6 +5,8 @@ It goes by the names and sizes in the record, and reads no numbers.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -77,7 +79,8 @@ def _renamed(
     record: Record, place: Sequence[str], given: Sequence[str], output: str, open_: Open
 ) -> Located:
     """Give every input that is not there by its name one of the other paths, in their order."""
-    paths = [_within(source, place, output, open_) for source in record.sources]
+    places = _Place(place)
+    paths = [places.within(source, output, open_) for source in record.sources]
     known = {os.path.realpath(path) for path in paths if path}
     others = [path for path in given if os.path.realpath(path) not in known]
     rest = iter(others)
@@ -124,9 +127,18 @@ def _candidates(output: str) -> Iterator[list[list[str]]]:
     home = os.path.dirname(output)
     for base in dict.fromkeys([home, os.path.dirname(home), os.getcwd()]):
         yield [[base]]
-        yield [
-            [path] for path in sorted(entry.path for entry in os.scandir(base) if entry.is_dir())
-        ]
+        yield [[path] for path in _folders_in(base)]
+
+
+def _folders_in(base: str) -> list[str]:
+    """Return the folders in one, as far as they may be seen: there may be anything."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(base) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a circle of links, say
+                if entry.is_dir():
+                    found.append(entry.path)
+    return sorted(found)
 
 
 def _nearest(
@@ -145,7 +157,8 @@ def _nearest(
     sources = record.sources
     missing, near = [source.name for source in sources], ""
     for ring in rings:
-        found = [[_within(source, place, output, open_) for source in sources] for place in ring]
+        places = [_Place(paths) for paths in ring]
+        found = [[place.within(one, output, open_) for one in sources] for place in places]
         here = {tuple(map(os.path.realpath, paths)): paths for paths in found if all(paths)}
         others = [
             [(s, p) for s, p in zip(sources, paths, strict=True) if _size(p, open_) != s.size]
@@ -184,21 +197,34 @@ def _unlike(source: Source, path: str, open_: Open) -> str:
         return str(error)
 
 
-def _within(source: Source, place: Sequence[str], output: str, open_: Open) -> str:
-    """Return where in a place an input is, or nothing; the output is not its own input."""
-    name = source.name
-    found = []
-    for path in place:
-        if os.path.isdir(path):
-            inner = [os.path.join(path, name)] if _is_plain(name) else []
-            inner += [p for p in [_checkpoint_of(path)] if p and _ends_with(p, name)]
-            found += [p for p in inner if os.path.isfile(p)]
-        elif _ends_with(path, name):
-            found.append(path)
-    found = [path for path in found if not os.path.samefile(path, output)]
-    if len(found) > 1:
-        found = [path for path in found if _size(path, open_) == source.size] or found
-    return found[0] if found else ""
+class _Place:
+    """Folders in which inputs may be, and files of which they are some, each looked at once."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._folders: list[str] = []
+        self._files: dict[str, list[str]] = collections.defaultdict(list)
+        for path in paths:
+            folder = os.path.isdir(path)
+            file = _checkpoint_of(path) if folder else path
+            if folder:
+                self._folders.append(path)
+            if file:
+                self._files[os.path.basename(file)].append(file)
+
+    def within(self, source: Source, output: str, open_: Open) -> str:
+        """Return where in the place an input is, or nothing; the output is not its own input."""
+        name = source.name
+        found = [os.path.join(folder, name) for folder in self._folders if _is_plain(name)]
+        found += [path for path in self._files.get(_last(name), ()) if _ends_with(path, name)]
+        found = [path for path in found if os.path.isfile(path)]
+        found = [path for path in found if not os.path.samefile(path, output)]
+        if len(found) > 1:
+            found = [path for path in found if _size(path, open_) == source.size] or found
+        return found[0] if found else ""
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _is_plain(name: str) -> bool:

@@ -20,7 +20,7 @@ from wavg.dtypes import lookup
 from wavg.errors import WavgError
 from wavg.options import Options
 from wavg.quantised import refuse_quantised
-from wavg.record import STATE_KEY
+from wavg.record import KEY, STATE_KEY
 from wavg.weights import Figures, figures
 
 __all__ = ["Plan", "PlannedInput", "Weighting", "make_plans"]
@@ -28,11 +28,15 @@ __all__ = ["Plan", "PlannedInput", "Weighting", "make_plans"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedInput:
-    """One checkpoint's part: its path, its step, and its proportion of the average."""
+    """One checkpoint's part: its path, its step, and its proportion of the average.
+
+    It may be an `average` itself, by the record that it has.
+    """
 
     path: str
     step: float
     proportion: float
+    average: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -186,7 +190,10 @@ def make_plans(
         parts = zip(indexes[newest], steps[newest], merit.proportions.tolist(), strict=True)
         plans.append(
             Plan(
-                inputs=tuple(PlannedInput(index.path, step, part) for index, step, part in parts),
+                inputs=tuple(
+                    PlannedInput(index.path, step, part, KEY in index.metadata)
+                    for index, step, part in parts
+                ),
                 schedule=schedule,
                 coefficients=coefficients,
                 figures=merit,

@@ -178,7 +178,7 @@ class Record:
                 for name, size, step, weight, sha in zip(names, *columns[1:], digests, strict=True)
             ),
             _whole(content["count"]),
-            _table(content.get("options", {})),
+            _options(content.get("options", {})),
             _text(content["wavg"]),
         )
         if record.sources and not math.fsum(source.coefficient for source in record.sources):
@@ -219,6 +219,15 @@ def _table(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _unlike(value, "a table")
     return value
+
+
+def _options(value: Any) -> dict[str, Any]:
+    table = _table(value)
+    for name, option in table.items():
+        parts = option if isinstance(option, list) else [option]
+        if any(isinstance(part, (dict, list)) for part in parts):
+            raise ValueError(f"{_shown(name)} has more in it than an option can")
+    return table
 
 
 def _digest(value: Any) -> str | dict[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -138,7 +139,7 @@ def verify(
     >>> bool(result), result.faults
     (True, ())
     >>> result.checked[0]
-    '2 of 2 numbers, computed again from 2 inputs'
+    '2 of 2 numbers, computed again from 2 inputs in ...'
     """
     if blocks < 1:
         raise ValueError(f"blocks must be a positive number, not {blocks}")
@@ -176,7 +177,7 @@ def verify(
             folder = os.fspath(output) if os.path.isdir(output) else None
             findings = joined(
                 [
-                    _share(compared, numbers, len(paths)),
+                    _share(compared, numbers, paths),
                     claims.inputs(record, checkpoints, hashes),
                     tensors,
                     Findings(faults=wrong),
@@ -216,9 +217,11 @@ def _computed(
     return compared, (*wrong, *sink.faults()), hashes
 
 
-def _share(compared: int, numbers: int, inputs: int) -> Findings:
+def _share(compared: int, numbers: int, paths: Sequence[str]) -> Findings:
     """Say how many numbers were compared, and which not."""
-    source = f"{inputs:,} inputs" if inputs > 1 else "1 input"
+    source = f"{len(paths):,} inputs" if len(paths) > 1 else "1 input"
+    with contextlib.suppress(ValueError):  # on several of Windows' drives
+        source += f" in {os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])}"
     left = f"{numbers - compared:,} numbers"
     why = "outside the sample: full=True (--full)" if compared else "that cannot be computed"
     return Findings(
