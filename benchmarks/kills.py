@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a copy of a process has only the thread that made it
 
 from common import record
-from small_runs import DONE, INTERRUPTED, KINDS, UNTYPED, Small, ended, recorded
+from small_runs import DONE, INTERRUPTED, KINDS, Small, ended, recorded
 from tracing import Tracer, unavailable
 
 from wavg import cli
@@ -130,7 +130,9 @@ def command(small: Small) -> None:
     words = ["average", *small.inputs, "-o", small.target, "--overwrite", "--quiet", "--no-isolate"]
     own = [f"--{name.replace('_', '-')}={value}" for name, value in small.kind.options.items()]
     code = cli.main([*words, *own, "--workers=2"])
-    os._exit({0: DONE, 130: INTERRUPTED, 143: INTERRUPTED}.get(code, UNTYPED))
+    if code not in (0, 130, 143):
+        raise RuntimeError(f"the command ended with {code}")
+    os._exit(INTERRUPTED if code else DONE)
 
 
 def interrupted(small: Small, count: int, rng: random.Random) -> dict:
@@ -147,7 +149,9 @@ def interrupted(small: Small, count: int, rng: random.Random) -> dict:
         state, strays = small.state()
         parsing = "KeyboardInterrupt", "AttributeError: '_Store"  # what argparse makes of it
         cleared = fate == "untyped error" and state == "old" and not strays
-        if cleared and small.message().startswith(parsing):
+        if cleared and not small.message():
+            fate = "killed by it before the command had begun"  # else there would be a message
+        elif cleared and small.message().startswith(parsing):
             fate = "killed by it while reading its arguments"
         elif cleared and "Error" in small.message().partition(":")[0]:
             fate = "interrupted, another error"  # what h5py makes of it within its own code

@@ -207,7 +207,7 @@ def add_limits(command: Parser) -> None:
 def add_json(command: Parser) -> None:
     """Add ``--json``."""
     add = command.part("printing").add_argument
-    add("--json", action="store_true", help="print one JSON object, of an error too")
+    add("--json", action="store_true", help="print one JSON object, of an error (exit code 1) too")
 
 
 def tell_json(options: argparse.Namespace, text: str) -> None:

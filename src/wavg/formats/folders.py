@@ -164,7 +164,10 @@ def why_none(folder: str) -> str:
                 "load it with from_pretrained, and save_pretrained writes safetensors"
             )
     if any(map(is_shard, names)):
-        return "it holds shards and no index of them, as a save cut short leaves it; remove it"
+        return (
+            "it holds shards and no index of them, as a save cut short leaves it; "
+            "fetch or save it again, or remove it"
+        )
     if any(_matches(name, _NEVER) and not _matches(name, _STATE) for name in names):
         return ""  # numbers, of another kind or several of them
     if any(_matches(name, ("config.json", *_STATE)) for name in names):
