@@ -67,7 +67,7 @@ def expected(weights, given):
     return fill(given[0], lambda _: oracle(weights, next(rows)))
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data(), count=st.integers(1, 6), spread=st.sampled_from([None, 3, 20]))
 def test_every_leaf_is_the_correctly_rounded_mean(data, count, spread):
     given = data.draw(models(count, spread=spread))

@@ -54,6 +54,7 @@ def options(case):
     return {"opaque_dtype": "bfloat16"} if case in NOT_RELOADED else {}
 
 
+@pytest.mark.slow
 def test_only_the_forms_that_keras_refuses_are_missing(run_of):
     refused = {(name, form) for name, build in FAMILIES.items() for form in run_of(build).refused}
     assert refused == REFUSED
@@ -86,6 +87,7 @@ def test_what_keras_does_not_reload_is_averaged_as_arrays(run_of, name, form):
         wavg.load(run.paths[form][0])
 
 
+@pytest.mark.slow
 def test_load_is_get_weights_in_order_with_these_exceptions(run_of):
     out_of_order = {
         (name, form)

@@ -51,7 +51,7 @@ def assert_exact(weights, block, dtype=None):
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOATS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), inputs=st.integers(1, 12))
 def test_every_element_is_the_correctly_rounded_mean(dtype, data, inputs):
     spread = data.draw(st.sampled_from([None, 2, 12, 40, 100 if dtype != "float16" else 20]))
