@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,13 @@ def test_every_input_is_told_with_its_step_and_its_proportion():
     )
     assert (plan.schedule, plan.output) == ("given", "out")
     assert plan.figures.mean_age == 7.5
+
+
+def test_an_input_that_is_an_average_is_known_by_its_record():
+    average = dataclasses.replace(RUN[1], metadata={"wavg": "{}"})
+    ones = [Weighting("equal", np.ones(3), None)]
+    (plan,) = make_plans([RUN[0], average, RUN[2]], [1, 5, 6], ones, Options(), output_format=None)
+    assert [part.average for part in plan.inputs] == [False, True, False]
 
 
 def test_averages_of_one_pass_have_the_newest_inputs_and_share_the_rest():
