@@ -123,12 +123,14 @@ MAY_IMPORT = {
     "cli_sweep": "destinations errors cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "cli_options formats grid inputs picture schedule weights",
     "cli_inspect": "stored checkpoint cli_options cli_weights errors record verification",
-    "cli": "cli_inspect cli_options cli_sweep cli_weights files formats grid kernel record demo "
-    f"selection schedule weights errors inputs options plan {FACE}",
+    "cli_average": "cli_options cli_weights files formats grid inputs options plan schedule "
+    f"weights {FACE}",
+    "cli": f"cli_average cli_inspect cli_options cli_sweep cli_weights kernel demo errors {FACE}",
 }
 # The face gathers what people use; it may take it from anywhere but from what uses the face.
 MAY_IMPORT["__init__"] = " ".join(
-    MAY_IMPORT.keys() - {"cli", "cli_inspect", "cli_options", "cli_sweep", "cli_weights", "demo"}
+    MAY_IMPORT.keys()
+    - {"cli", "cli_average", "cli_inspect", "cli_options", "cli_sweep", "cli_weights", "demo"}
 )
 MAY_IMPORT["__main__"] = "cli"
 

@@ -35,6 +35,7 @@ __all__ = [
     "numbers",
     "positive",
     "shard_size",
+    "shortened",
     "size",
     "tell_json",
 ]
@@ -316,3 +317,13 @@ class Once(argparse.Action):
         if getattr(namespace, self.dest) is not None:
             parser.error(f"{option_string} is given twice{self.why}")
         setattr(namespace, self.dest, values)
+
+
+_SHOWN = 12  # rows of a long list before the rest is counted
+
+
+def shortened(lines: list[str], most: int = _SHOWN) -> list[str]:
+    """Return so many lines at most, the last of which counts those left out."""
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 1], f"  ... and {len(lines) - most + 1:,} more"]
