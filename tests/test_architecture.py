@@ -75,9 +75,10 @@ MAY_IMPORT = {
     "stream": "tasks workers blas digests plan checkpoint errors",
     "sinks": "extents plan checkpoint publish templates errors",
     "formats": "checkpoint extents places positional publish templates errors",
-    "inputs": "checkpoint formats places errors",
-    "recorded": "checkpoint inputs places record",
-    "grid": "destinations errors formats inputs recorded weights",
+    "names": "",
+    "inputs": "names checkpoint formats places errors",
+    "recorded": "checkpoint names places record",
+    "grid": "destinations errors formats inputs names recorded weights",
     "sha256sums": "checkpoint inputs places errors",
     "opening": "checkpoint errors formats shortage",
     "carried": "checkpoint digests formats plan",
@@ -90,7 +91,7 @@ MAY_IMPORT = {
     "findings": "",
     "located": "checkpoint errors formats inputs record recorded",
     "comparison": "checkpoint decisions",
-    "claims": "checkpoint digests errors findings grid inputs listed record recorded schedule "
+    "claims": "checkpoint digests errors findings grid listed names record recorded schedule "
     "weights",
     "likeness": "carried checkpoint decisions findings formats plan record templates",
     "verification": "claims comparison findings likeness located stored checkpoint digests errors "
@@ -123,7 +124,7 @@ MAY_IMPORT = {
     "cli_sweep": "destinations errors cli_options cli_weights soups sweeps sweep_picture",
     "cli_weights": "cli_options formats grid inputs picture schedule weights",
     "cli_inspect": "stored checkpoint cli_options cli_weights errors record verification",
-    "cli_average": "cli_options cli_weights files formats grid inputs options plan schedule "
+    "cli_average": "cli_options cli_weights files formats grid names options plan schedule "
     f"weights {FACE}",
     "cli": f"cli_average cli_inspect cli_options cli_sweep cli_weights kernel demo errors {FACE}",
 }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import wavg
 from wavg.errors import CheckpointFormatError, InputError, WavgError, WeightError
-from wavg.inputs import expand, natural_key, read_steps
+from wavg.inputs import expand
+from wavg.names import natural_key, read_steps
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from wavg.digests import Digest
 from wavg.errors import WavgError
 from wavg.findings import Findings, shortened
 from wavg.grid import weigh
-from wavg.inputs import named_steps
+from wavg.names import named_steps
 from wavg.record import Record, Source
 from wavg.recorded import Open, own_steps, recorded_steps
 from wavg.schedule import spell_number

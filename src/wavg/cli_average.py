@@ -36,7 +36,7 @@ from wavg.cli_options import (
 from wavg.files import Report, average_checkpoints, plan_average
 from wavg.formats import open_file
 from wavg.grid import newest
-from wavg.inputs import named_steps
+from wavg.names import named_steps
 from wavg.options import MIB, RECORDS
 from wavg.plan import Plan
 from wavg.printable import padded, printable

@@ -17,7 +17,8 @@ from wavg import weights as schedules
 from wavg.destinations import bare, refuse_device
 from wavg.errors import OutputError, WeightError
 from wavg.formats import format_of_output, is_folder_output
-from wavg.inputs import PathLike, expand, named_steps, read_steps
+from wavg.inputs import PathLike, expand
+from wavg.names import named_steps, read_steps
 from wavg.recorded import Open, own_steps, recorded_steps, recorded_weights
 
 __all__ = ["Grid", "Open", "Selection", "in_time", "newest", "select", "weigh"]

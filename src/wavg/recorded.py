@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from wavg.checkpoint import Checkpoint
-from wavg.inputs import rises
+from wavg.names import rises
 from wavg.places import is_file
 from wavg.record import KEY, Record
 
